@@ -1,0 +1,1 @@
+"""The load profiles that ship with servebench; see `servebench.profile.bundled_profiles`."""

@@ -1,0 +1,263 @@
+"""The command: the only place that prints, reads arguments and picks exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from servebench.errors import LaunchError, ProfileError, ServebenchError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from rich.console import Console
+
+_EXIT_FAILURE, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
+_EXIT_CODES = """
+\b
+Exit codes of run and report:
+  0  PASS: every constraint holds, with enough queries to say so
+  1  the run could not be carried out (server, host or servebench itself)
+  2  bad input; nothing was started or overwritten
+  3  FAIL: a constraint is broken
+  4  INCONCLUSIVE: not enough queries; the report says how many more
+  5  INVALID: the measurement cannot be trusted; the report says why
+  130  interrupted; a partial run directory is complete as far as it goes
+"""
+
+_set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one key of the profile, e.g. --set load.target_qps=300. Repeatable; values are YAML.",
+)
+_profile_argument = click.argument("profile", metavar="PROFILE")
+
+
+class _Group(click.Group):
+    """Turns our errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ServebenchError as error:
+            if isinstance(error, LaunchError) and error.log_tail:
+                click.echo("\n".join(f"  | {line}" for line in error.log_tail.splitlines()), err=True)
+            click.echo(f"servebench: error: {error}", err=True)
+            ctx.exit(_EXIT_BAD_INPUT if isinstance(error, ProfileError) else _EXIT_FAILURE)
+        except KeyboardInterrupt:
+            click.echo("servebench: interrupted", err=True)
+            ctx.exit(_EXIT_INTERRUPTED)
+
+
+@click.group(cls=_Group, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="servebench", message="%(prog)s %(version)s")
+def main() -> None:
+    """Load-test a model server with Poisson traffic and judge its tail latency, truthfully.
+
+    \b
+    Start here:
+      servebench run digits-triton-http            host a model on a real Triton and test it
+      servebench run my-profile.yaml               your own server, payloads and promises
+      servebench run PROFILE --set load.target_qps=300
+      servebench report runs/DIR                   judge a finished run again
+    """
+
+
+@main.command(short_help="Run a load profile and judge the result.")
+@_profile_argument
+@_set_option
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory to make (default: runs/PROFILE-TIME).")
+@click.option("--json", "as_json", is_flag=True, help="Print the run document (run.json) instead of the report.")
+@click.pass_context
+def run(ctx: click.Context, profile: str, overrides: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Run PROFILE and judge the result.
+
+    PROFILE is a YAML file or the name of a bundled profile. Queries arrive as a Poisson
+    process at load.target_qps whatever the server does; each one's response time counts from
+    when it was due. The run directory holds every query's times and all reports.
+    """
+    from servebench.engine.run import run_profile
+    from servebench.profile import load_profile
+    from servebench.report.live import LiveView
+
+    loaded = load_profile(profile, overrides)
+    directory = out or _default_directory(loaded.name)
+    with LiveView() as view:
+        state = run_profile(loaded, directory, command=["servebench", *sys.argv[1:]], observer=view)
+    code = _report(directory, as_json=as_json)
+    ctx.exit(_EXIT_INTERRUPTED if state == "interrupted" else code)
+
+
+@main.command(short_help="Judge a run directory again, without a server.")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the run document (run.json) instead of the report.")
+@click.pass_context
+def report(ctx: click.Context, directory: Path, as_json: bool) -> None:
+    """Recompute run.json and the latency files of DIRECTORY from its records, and print the report.
+
+    Works on finished runs, and on what an interrupted or killed run left behind.
+    """
+    from servebench.record.rundir import is_running
+
+    if not directory.is_dir():
+        raise ProfileError(f"{directory}: no such directory")
+    if is_running(directory):
+        raise ProfileError(f"{directory}: its run is still going on")
+    ctx.exit(_report(directory, as_json=as_json))
+
+
+@main.command(short_help="Preview a profile's arrivals without sending anything.")
+@_profile_argument
+@_set_option
+@click.option(
+    "--samples", "library_size", type=click.IntRange(min=1), help="Size of the sample library, when only the server knows it."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def schedule(profile: str, overrides: tuple[str, ...], library_size: int | None, as_json: bool) -> None:
+    """Show when PROFILE's queries are due: how many, for how long, the schedule's hash, and the rate over time."""
+    from servebench.load.preview import describe_schedule
+    from servebench.load.scenario import plan_server
+    from servebench.profile import load_profile
+    from servebench.report.schedule import render_schedule
+
+    loaded = load_profile(profile, overrides)
+    plan = plan_server(loaded.load, loaded.samples, library_size or loaded.samples.count)
+    document = describe_schedule(plan)
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        render_schedule(loaded.name, document, console=_console())
+
+
+@main.command(name="profile-schema", short_help="Print the JSON Schema of load profiles, for editors.")
+def profile_schema() -> None:
+    """Print the JSON Schema of load profiles. Editors complete and check YAML files with it."""
+    from servebench.profile import Profile
+
+    click.echo(json.dumps(Profile.model_json_schema(), indent=2))
+
+
+class _Launchers(click.Group):
+    """One subcommand per installed launcher."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from servebench.launcher import launcher_names
+
+        return launcher_names()
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from servebench.launcher import find_launcher, launcher_names
+
+        if cmd_name not in launcher_names():
+            return None
+        launcher = find_launcher(cmd_name)
+        options = "\n".join(_option_help(name, field) for name, field in launcher.Options.model_fields.items())
+        default_model = "stub" if cmd_name == "stub" else None
+        return click.Command(
+            cmd_name,
+            callback=_serve_callback(cmd_name),
+            short_help=f"Start {cmd_name} and keep it up.",
+            help=f"Start {cmd_name} on 127.0.0.1, print its endpoints, and keep it up until Ctrl-C.",
+            epilog=f"\b\nOptions for --set, and for server.options in a profile:\n{options}",
+            params=[
+                click.Option(["--model"], required=default_model is None, default=default_model, help="Model to host."),
+                click.Option(["--set", "settings"], multiple=True, metavar="KEY=VALUE", help="One of the options below."),
+                click.Option(["--dir", "work"], type=click.Path(path_type=Path), help="Where to keep its files and log."),
+            ],
+        )
+
+
+def _option_help(name: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    shown = (
+        default.model_dump_json(exclude_defaults=True)
+        if hasattr(default, "model_dump_json")
+        else json.dumps(default, default=str)
+    )
+    return f"  {name} (default {shown})\n      {field.description or ''}"
+
+
+@main.group(cls=_Launchers, short_help="Start a bundled server and keep it up.")
+def serve() -> None:
+    """Start one of the bundled servers on 127.0.0.1 and keep it up until Ctrl-C."""
+
+
+def _serve_callback(name: str) -> Callable[..., None]:
+    def callback(model: str, settings: tuple[str, ...], work: Path | None) -> None:
+        import signal
+        import tempfile
+
+        from servebench.engine.run import check_launch_options
+        from servebench.launcher import find_launcher
+        from servebench.profile import apply_overrides
+
+        launcher = find_launcher(name)
+        given: dict[str, Any] = {}
+        apply_overrides(given, settings)
+        options = check_launch_options(launcher, given, source="--set")
+        if work is not None:
+            work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"servebench-{name}-") as scratch:
+            server = launcher.launch(model, options, work or Path(scratch))
+            try:
+                for protocol, url in server.urls.items():
+                    click.echo(f"{protocol:8} {url}")
+                click.echo(f"log      {server.log_path}")
+                click.echo(f"{name} is ready and hosts {model!r}; Ctrl-C stops it.")
+                click.echo(f"Test it:  servebench run PROFILE --set server='{{url: \"{server.urls['http']}\"}}'")
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
+                while server.exit_code() is None:
+                    signal.sigtimedwait([], 0.5)
+                raise LaunchError(f"{name} ended by itself (exit {server.exit_code()})", log_tail=_tail(server.log_path))
+            except KeyboardInterrupt:
+                click.echo(f"\nstopping {name}")
+            finally:
+                server.stop()
+
+    return callback
+
+
+def _tail(path: Path) -> str:
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+
+
+def _default_directory(name: str) -> Path:
+    from datetime import datetime
+
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    directory = Path("runs") / f"{name}-{stamp}"
+    number = 2
+    while directory.exists():
+        directory = Path("runs") / f"{name}-{stamp}-{number}"
+        number += 1
+    return directory
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _report(directory: Path, *, as_json: bool) -> int:
+    from servebench.judge.verdict import exit_code
+    from servebench.report.console import render
+    from servebench.report.rewrite import rewrite_reports
+
+    try:
+        document = rewrite_reports(directory)
+    except OSError as error:
+        click.echo(f"servebench: error: {directory}: {error.strerror}", err=True)
+        return _EXIT_FAILURE
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        render(document, console=_console())
+        click.echo(f"\nRun directory: {directory}")
+    return exit_code(document["verdict"])

@@ -1,0 +1,163 @@
+"""Everything between a profile and the first query: samples, plan, encoded requests, column files.
+
+All of it happens before the clock starts, so that nothing is computed while measuring.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from servebench.engine.output_check import OutputCheck, load_golden
+from servebench.engine.requests import share_requests
+from servebench.engine.worker import WorkerSettings
+from servebench.errors import ProfileError, RunError
+from servebench.load.library import SampleLibrary, build_library
+from servebench.load.scenario import Plan, plan_server, warmup_offsets_ns
+from servebench.profile import Profile
+from servebench.record.columns import Columns, file_bytes
+from servebench.record.rundir import RunDirectory
+from servebench.wire.http1 import encode_request
+from servebench.wire.kserve import encode_infer, infer_path
+from servebench.wire.tensors import ModelMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What a run is made of, ready to start."""
+
+    library: SampleLibrary
+    plan: Plan
+    check: OutputCheck
+    keep_queries: list[int]
+
+
+def query_headers(profile: Profile) -> list[tuple[str, str]]:
+    """The profile's own headers and its bearer token. `ProfileError` when the variable is not set."""
+    endpoint = profile.endpoint
+    headers = list(endpoint.headers.items())
+    if endpoint.bearer_token_env is not None:
+        token = os.environ.get(endpoint.bearer_token_env)
+        if not token:
+            raise ProfileError(f"endpoint.bearer_token_env: the environment variable {endpoint.bearer_token_env} is not set")
+        headers.append(("Authorization", f"Bearer {token}"))
+    return headers
+
+
+def prepare(profile: Profile, model: ModelMetadata) -> Preparation:
+    """Samples, plan and output check for a model as the server describes it; `ProfileError` for what doesn't fit."""
+    library = build_library(profile.samples, model.inputs, model.max_batch_size, model.outputs)
+    plan = plan_server(profile.load, profile.samples, len(library))
+    settings = profile.output_check
+    golden = library.golden
+    if settings.golden is not None:
+        golden = load_golden(settings.golden, model.outputs, library.rows, batched=model.batched)
+    check = OutputCheck(model.outputs, library.batch_size, golden, rtol=settings.rtol, atol=settings.atol)
+    return Preparation(library, plan, check, _evenly(plan.planned, settings.replies))
+
+
+def encode_requests(profile: Profile, preparation: Preparation, model: ModelMetadata, url: str) -> int:
+    """Encode each sample's request once, into a memory file whose descriptor is returned."""
+    endpoint = profile.endpoint
+    parts = urlsplit(url)
+    own_headers = query_headers(profile)
+    target = parts.path.rstrip("/") + infer_path(endpoint.model, endpoint.version)
+
+    def requests() -> Iterator[bytes]:
+        for index in range(len(preparation.library)):
+            body, headers = encode_infer(
+                model.inputs,
+                preparation.library.arrays(index),
+                tensor_format=endpoint.tensor_format,
+                parameters=endpoint.parameters,
+            )
+            yield encode_request("POST", target, parts.netloc, [*headers, *own_headers], body)
+
+    try:
+        return share_requests(requests())
+    except ValueError as error:
+        raise ProfileError(f"endpoint: {error}") from None
+
+
+def create_columns(profile: Profile, preparation: Preparation, directory: RunDirectory) -> list[int]:
+    """Make every worker's column files, with due times (relative to t=0) and samples filled in; returns rows per worker.
+
+    `RunError` when the disk has no room for them.
+    """
+    workers = profile.client.workers
+    plan, samples = preparation.plan, len(preparation.library)
+    warmup_ns = warmup_offsets_ns(profile.load)
+    phases = {
+        "columns": (plan.offsets_ns, plan.sample_index),
+        "warmup": (warmup_ns, np.arange(len(warmup_ns), dtype=np.int64) % samples),
+    }
+    for phase, (offsets_ns, sample_index) in phases.items():
+        for worker in range(workers):
+            share = offsets_ns[worker::workers]
+            path = directory.columns_path(worker, phase)
+            try:
+                columns = Columns.create(path, rows=len(share), worker=worker, workers=workers)
+            except OSError as error:
+                needed = sum(file_bytes(len(one[0])) for one in phases.values())
+                raise RunError(f"{path}: cannot reserve the records ({needed:,} bytes): {error.strerror}") from None
+            columns.array("scheduled_ns")[:] = share
+            columns.array("sample")[:] = sample_index[worker::workers]
+    return [len(plan.offsets_ns[worker::workers]) for worker in range(workers)]
+
+
+def worker_settings(
+    profile: Profile, preparation: Preparation, directory: RunDirectory, url: str, requests_fd: int
+) -> list[WorkerSettings]:
+    """What each worker is told."""
+    client, load, endpoint = profile.client, profile.load, profile.endpoint
+    return [
+        WorkerSettings(
+            url=url,
+            requests_fd=requests_fd,
+            columns=str(directory.columns_path(worker)),
+            warmup_columns=str(directory.columns_path(worker, "warmup")),
+            replies=str(replies_path(directory, worker)),
+            keep_rows=[query // client.workers for query in preparation.keep_queries if query % client.workers == worker],
+            pacing=client.pacing,
+            warm_connections=client.warm_connections,
+            max_connections=client.max_connections,
+            max_outstanding=client.max_outstanding,
+            timeout_ns=round(load.timeout_s * 1e9),
+            drain_timeout_ns=round(load.drain_timeout_s * 1e9),
+            cpus=client.cpus,
+            ca_file=str(endpoint.ca_file) if endpoint.ca_file else None,
+            verify_tls=endpoint.verify_tls,
+        )
+        for worker in range(client.workers)
+    ]
+
+
+def replies_path(directory: RunDirectory, worker: int) -> Path:
+    """Where a worker leaves the raw replies it kept."""
+    return directory.path / f"replies-{worker}.npz"
+
+
+def check_cpus(profile: Profile) -> None:
+    """`ProfileError` for CPUs that this process may not use."""
+    allowed = os.sched_getaffinity(0)
+    missing = sorted(set(profile.client.cpus or ()) - allowed)
+    if missing:
+        raise ProfileError(f"client.cpus: {missing} are not among the CPUs allowed here: {sorted(allowed)}")
+
+
+def raise_open_files_limit() -> None:
+    """Allow as many open files as the host permits: every connection is one, and workers inherit the limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _evenly(planned: int, wanted: int) -> list[int]:
+    """``wanted`` different query numbers spread evenly over the run."""
+    count = min(planned, wanted)
+    return [planned * i // count for i in range(count)] if count else []

@@ -1,0 +1,398 @@
+"""One run, from a profile to a closed run directory: launch, discover, warm up, measure, drain, check, keep.
+
+The coordinator's side. It never touches a query: workers issue and record, this process
+watches, and afterwards checks outputs and closes the books.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import uvloop
+from pydantic import BaseModel, ValidationError
+
+from servebench import __version__
+from servebench.clock import now_ns
+from servebench.engine.fleet import Fleet, WorkerEnd
+from servebench.engine.output_check import OutputCheck
+from servebench.engine.preparation import (
+    Preparation,
+    check_cpus,
+    create_columns,
+    encode_requests,
+    prepare,
+    query_headers,
+    raise_open_files_limit,
+    replies_path,
+    worker_settings,
+)
+from servebench.engine.worker import ssl_context
+from servebench.errors import ProfileError, ServebenchError
+from servebench.launcher import Launcher, RunningServer, find_launcher
+from servebench.profile import Profile, describe_validation_error
+from servebench.record.columns import Columns
+from servebench.record.environment import collect_environment, cpu_times, throttled_periods
+from servebench.record.outcome import Outcome
+from servebench.record.progress import ProgressReader, Snapshot
+from servebench.record.replies import read_replies
+from servebench.record.rundir import ENVIRONMENT, FACTS, SERVER, RunDirectory
+from servebench.transport.control import Discovery, discover
+from servebench.wire.http1 import ProtocolFault, parse_reply
+from servebench.wire.kserve import error_text
+
+#: Time between the order to start and t=0: covers the order's way and the workers' first touch of the columns.
+_LEAD_NS = 100_000_000
+_LEAD_PER_ROW_NS = 10
+_LOOK_INTERVAL_S = 0.25
+
+
+class Observer(Protocol):
+    """Hears how a run goes; called in the coordinator between its other duties."""
+
+    def phase(self, name: str, *, duration_s: float | None = None) -> None:
+        """A phase begins: what it is, and how long it is planned to take where that is known."""
+
+    def progress(self, snapshot: Snapshot) -> None:
+        """How the phase is going, a few times a second."""
+
+
+def run_profile(profile: Profile, out: Path, *, command: list[str], observer: Observer) -> str:
+    """Run ``profile`` into the new directory ``out``; returns the final state, ``complete`` or ``interrupted``.
+
+    Must be called from the main thread: it launches servers and handles SIGINT and SIGTERM
+    (the first drains and closes the books, the second stops at once). Raises `ProfileError`
+    before anything is started, `LaunchError`, `TransportError` or `RunError` later; a
+    directory in which nothing was measured and no server spoke is removed again.
+    """
+    check_cpus(profile)
+    query_headers(profile)
+    launcher, options = _launcher_options(profile)
+    directory = RunDirectory.create(out)
+    run = _Run(profile, directory, command, observer)
+    try:
+        with _sigterm_interrupts(), _launched(launcher, profile, options, directory, observer) as server:
+            run.server = server
+            uvloop.run(run.execute())
+    except (ServebenchError, KeyboardInterrupt) as error:
+        if not run.started:
+            _discard_unless_log(directory)
+        if isinstance(error, KeyboardInterrupt) and run.state == "interrupted":
+            return run.state
+        raise
+    finally:
+        directory.unlock()
+    return run.state
+
+
+def check_launch_options(launcher: Launcher, given: dict[str, Any], *, source: str) -> BaseModel:
+    """The launcher's options as a value; `ProfileError` names the key."""
+    try:
+        return launcher.Options.model_validate(given)
+    except ValidationError as error:
+        raise ProfileError(f"{source}.{describe_validation_error(error, launcher.Options)}") from None
+
+
+class _Run:
+    """The asynchronous part of a run."""
+
+    def __init__(self, profile: Profile, directory: RunDirectory, command: list[str], observer: Observer) -> None:
+        self.server: RunningServer | None = None
+        self.started = False  #: whether there are records to keep
+        self.state = "running"
+        self._profile = profile
+        self._directory = directory
+        self._observer = observer
+        self._fleet = Fleet()
+        self._interrupts = 0
+        self._facts: dict[str, Any] = {
+            "schema": "servebench.facts/1",
+            "version": __version__,
+            "command": command,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "state": "running",
+            "stop_reason": None,
+            "profile": profile.public_dict(),
+        }
+
+    async def execute(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt)
+        profile, facts, directory = self._profile, self._facts, self._directory
+        url = self.server.urls["http"] if self.server is not None else str(profile.server.url)
+        self._observer.phase("asking the server about the model")
+        found = await self._discover(url)
+        preparation = prepare(profile, found.model)
+        facts["server"] = self._describe_server(url, found)
+        facts["schedule"] = _describe_schedule(preparation)
+        directory.write_profile(profile.public_dict())
+        directory.write_json(ENVIRONMENT, collect_environment())
+        self._observer.phase("preparing payloads and records")
+        rows = create_columns(profile, preparation, directory)
+        raise_open_files_limit()
+        requests_fd = encode_requests(profile, preparation, found.model, url)
+        try:
+            settings = worker_settings(profile, preparation, directory, url, requests_fd)
+            await self._fleet.start(settings)
+        finally:
+            os.close(requests_fd)
+        try:
+            facts["workers"] = [
+                {"worker": worker, "rows": count, "pid": pid, "state": "lost", "exit": None, "stats": None}
+                for worker, (count, pid) in enumerate(zip(rows, self._fleet.pids, strict=True))
+            ]
+            directory.write_json(FACTS, facts)
+            self.started = True
+            ends = await self._phases(rows)
+        finally:
+            self._fleet.cut() if self._interrupts > 1 else None
+            await self._fleet.close()
+        self._close_books(preparation, ends)
+
+    async def _phases(self, rows: list[int]) -> list[WorkerEnd]:
+        profile, facts = self._profile, self._facts
+        if profile.load.warmup_s and not self._interrupts:
+            self._observer.phase("warm-up", duration_s=profile.load.warmup_s)
+            warm = await self._watched("warmup", self._fleet.warm_up(_LEAD_NS))
+            facts["warmup"] = {"queries": sum(one["queries"] for one in warm), "ok": sum(one["ok"] for one in warm)}
+        start_ns = now_ns() + _LEAD_NS + _LEAD_PER_ROW_NS * max(rows)
+        facts["start_ns"] = start_ns
+        facts["clocks"] = {"start": _clocks(), "end": None}
+        self._directory.write_json(FACTS, facts)
+        stolen, total = cpu_times()
+        throttled = throttled_periods()
+        self._observer.phase("measuring", duration_s=facts["schedule"]["last_offset_ns"] / 1e9)
+        ends: list[WorkerEnd] = await self._watched("columns", self._fleet.measure(start_ns, rows))
+        facts["clocks"]["end"] = _clocks()
+        stolen_now, total_now = cpu_times()
+        throttled_now = throttled_periods()
+        facts["host_cpu"] = {
+            "steal_share": (stolen_now - stolen) / max(1, total_now - total),
+            "throttled": None if throttled is None or throttled_now is None else throttled_now - throttled,
+        }
+        return ends
+
+    async def _watched(self, phase: str, work: Any) -> Any:
+        """Await a phase and report its progress meanwhile."""
+        workers = range(self._profile.client.workers)
+        reader = ProgressReader([Columns.open(self._directory.columns_path(worker, phase)) for worker in workers])
+        task = asyncio.ensure_future(work)
+        while not task.done():
+            await asyncio.wait([task], timeout=_LOOK_INTERVAL_S)
+            self._observer.progress(reader.look())
+        return task.result()
+
+    async def _discover(self, url: str) -> Discovery:
+        endpoint = self._profile.endpoint
+        return await discover(
+            url,
+            endpoint.model,
+            endpoint.version,
+            headers=dict(query_headers(self._profile)),
+            ssl_context=ssl_context(str(endpoint.ca_file) if endpoint.ca_file else None, verify=endpoint.verify_tls),
+        )
+
+    def _interrupt(self) -> None:
+        self._interrupts += 1
+        if self._interrupts == 1 and self._fleet.pids:
+            self._observer.phase("interrupted: waiting for outstanding replies (again to stop at once)")
+            self._stopping = asyncio.ensure_future(self._fleet.stop())
+        elif self._fleet.pids:
+            self._fleet.cut()
+        else:
+            raise KeyboardInterrupt
+
+    def _describe_server(self, url: str, found: Discovery) -> dict[str, Any]:
+        described: dict[str, Any] = {"url": url, "launch": self._profile.server.launch}
+        if self.server is not None:
+            described |= self.server.describe()
+        return described | {
+            "metadata": found.server,
+            "model": asdict(found.model),
+            "model_config": found.config,
+        }
+
+    def _close_books(self, preparation: Preparation, ends: list[WorkerEnd]) -> None:
+        self._observer.phase("checking outputs and closing the books")
+        profile, facts, directory = self._profile, self._facts, self._directory
+        workers = profile.client.workers
+        facts["workers"] = [
+            facts["workers"][end.worker] | {"state": end.state, "exit": end.exit, "stats": end.stats} for end in ends
+        ]
+        facts["errors"] = _merge_errors(ends, workers)
+        if self.server is not None:
+            facts["server"]["exit_code"] = self.server.exit_code()
+        lost = [end for end in ends if end.state == "lost"]
+        columns = [Columns.open(directory.columns_path(worker), writable=True) for worker in range(workers)]
+        kept: dict[int, bytes] = {}
+        for worker in range(workers):
+            path = replies_path(directory, worker)
+            kept |= {row * workers + worker: reply for row, reply in read_replies(path).items()}
+            path.unlink(missing_ok=True)
+            directory.columns_path(worker, "warmup").unlink(missing_ok=True)
+        facts["output_check"] = _check_outputs(preparation.check, kept, columns, facts["errors"]) | {
+            "wanted": len(preparation.keep_queries),
+            "golden": profile.output_check.golden is not None or preparation.library.golden is not None,
+        }
+        if self._interrupts:
+            self.state, facts["stop_reason"] = "interrupted", "interrupted by a signal"
+        elif lost:
+            self.state = "failed"
+            facts["stop_reason"] = f"worker {lost[0].worker} died (exit {lost[0].exit})"
+        else:
+            self.state = "complete"
+        facts["state"] = self.state
+        directory.finish(facts)
+
+
+def _launcher_options(profile: Profile) -> tuple[Launcher | None, BaseModel | None]:
+    if profile.server.launch is None:
+        return None, None
+    launcher = find_launcher(profile.server.launch)
+    return launcher, check_launch_options(launcher, profile.server.options, source="server.options")
+
+
+@contextlib.contextmanager
+def _launched(
+    launcher: Launcher | None, profile: Profile, options: BaseModel | None, directory: RunDirectory, observer: Observer
+) -> Iterator[RunningServer | None]:
+    """The launched server, or None; afterwards its log and configuration stand in the run directory's ``server/``."""
+    if launcher is None:
+        yield None
+        return
+    keep = directory.path / SERVER
+    work = keep / "work"
+    work.mkdir()
+    observer.phase(f"starting {launcher.name}")
+    server: RunningServer | None = None
+    try:
+        server = launcher.launch(profile.endpoint.model, options, work)
+        yield server
+    finally:
+        if server is not None:
+            observer.phase(f"stopping {launcher.name}")
+            server.stop()
+        _keep_server_files(server, work, keep)
+
+
+def _keep_server_files(server: RunningServer | None, work: Path, keep: Path) -> None:
+    files = [server.log_path, *server.config_files()] if server is not None else list(work.rglob("*.log"))
+    for file in files:
+        with contextlib.suppress(OSError):
+            shutil.copyfile(file, keep / file.name)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _discard_unless_log(directory: RunDirectory) -> None:
+    """Remove a directory in which nothing was measured; a server's log stays, it may explain why."""
+    kept = [file for file in (directory.path / SERVER).iterdir() if file.stat().st_size]
+    for file in directory.path.iterdir():
+        if file.is_file():
+            file.unlink()
+    if not kept:
+        shutil.rmtree(directory.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C where no event loop handles it (while a server starts or stops)."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _describe_schedule(preparation: Preparation) -> dict[str, Any]:
+    plan = preparation.plan
+    return {
+        "arrivals": plan.arrivals,
+        "target_qps": plan.target_qps,
+        "seed": plan.seed,
+        "planned": plan.planned,
+        "sha256": plan.sha256,
+        "generated_duration_ns": plan.generated_duration_ns,
+        "last_offset_ns": int(plan.offsets_ns[-1]),
+        "samples": len(preparation.library),
+    }
+
+
+def _clocks() -> dict[str, int]:
+    return {
+        "monotonic_ns": now_ns(),
+        "realtime_ns": time.time_ns(),
+        "boottime_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+    }
+
+
+def _merge_errors(ends: list[WorkerEnd], workers: int) -> list[dict[str, Any]]:
+    merged: dict[tuple[str, str], dict[str, Any]] = {}
+    for end in ends:
+        for error in end.errors:
+            detail = error["detail"]
+            if error["example_reply"]:
+                detail = f"{detail}: {_server_words(error['example_reply'].encode('latin-1'))}"
+            entry = merged.setdefault(
+                (error["kind"], error["detail"]),
+                {
+                    "kind": error["kind"],
+                    "detail": detail,
+                    "count": 0,
+                    "example": error["example_row"] * workers + end.worker,
+                },
+            )
+            entry["count"] += error["count"]
+    return sorted(merged.values(), key=lambda entry: -entry["count"])
+
+
+def _server_words(reply: bytes) -> str:
+    try:
+        _, _, body = parse_reply(reply)
+    except ProtocolFault:
+        body = reply
+    return error_text(body)
+
+
+def _check_outputs(
+    check: OutputCheck, kept: dict[int, bytes], columns: list[Columns], errors: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Check the kept replies of ok queries; a wrong one's record becomes OUTPUT, and an error."""
+    workers = len(columns)
+    checked = 0
+    wrong: list[tuple[int, str]] = []
+    for query, raw in sorted(kept.items()):
+        one, row = columns[query % workers], query // workers
+        if one.array("outcome")[row] != Outcome.OK:
+            continue
+        checked += 1
+        try:
+            status, headers, body = parse_reply(raw)
+            problem = check.check(int(one.array("sample")[row]), status, headers, body)
+        except ProtocolFault as fault:
+            problem = str(fault)
+        if problem is not None:
+            one.array("outcome")[row] = Outcome.OUTPUT
+            wrong.append((query, problem))
+    if wrong:
+        query, detail = wrong[0]
+        errors.append({"kind": Outcome.OUTPUT.kind, "detail": detail, "count": len(wrong), "example": query})
+    return {
+        "kept": len(kept),
+        "checked": checked,
+        "wrong": len(wrong),
+        "first_wrong": {"query": wrong[0][0], "detail": wrong[0][1]} if wrong else None,
+    }

@@ -1,0 +1,235 @@
+"""Rules about sending on time: an open loop that sends late, or less than planned, measures itself.
+
+Every query's issue delay is in its response time, so a late client can only make a server
+look worse than it is. Whether it did is judged against each promise: a promise that 1 % of
+the queries may be over 50 ms is judged wrongly when the client uses up that 1 % itself. The
+arrivals fall into a stalled loop's pauses as often as the replies do, so the share of late
+queries also stands for the replies that were stamped late.
+
+Three parties hold queries back, and each is named: the event loop (no CPU, a pause), the
+cap ``client.max_connections``, and connections being opened on demand, which is in part the
+server's time and therefore never invalidates a run. Queries carry no such mark; a worker
+counts its waits, so of its late queries at most that many are put down to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from servebench.judge.evidence import Evidence, LatencyPromise, Reason, Severity
+from servebench.judge.wording import say_rate, say_share, say_time
+from servebench.record.outcome import Outcome
+from servebench.record.rundata import RunData
+
+#: A query is late when issued this part of the bound after it was due ...
+LATE_PART_OF_BOUND = 0.1
+#: ... but not before this: less is what timers and schedulers do on any machine.
+LATE_FLOOR_NS = 1_000_000
+#: Late queries may use up this part of a promise's budget before the run is INVALID, and a tenth of it before it is DEGRADED.
+PARTS_OF_BUDGET: dict[Severity, float] = {"INVALID": 0.25, "DEGRADED": 0.025}
+#: This many late queries are an accident, whatever the share.
+ACCIDENTS = 1
+#: More late queries than this share is DEGRADED whatever was promised, when late against their own service time ...
+DEGRADED_LATE_SHARE = 0.01
+#: ... that is, by this part of the median service time.
+LATE_PART_OF_SERVICE = 0.1
+#: A pause or delay of a whole bound invalidates a run with a promise about the tail: a budget no larger than this.
+TAIL_BUDGET = 0.1
+#: Queries that waited under the connection cap, as a share, beyond which the loop is not open any more.
+INVALID_CAP_SHARE = 0.01
+#: Issued within the schedule, as a share of what was due.
+INVALID_ACHIEVED = 0.98
+DEGRADED_ACHIEVED = 0.995
+#: Issued this long after the last query was due still counts as within the schedule: short runs end on a late query.
+ACHIEVED_GRACE_NS = 10_000_000
+
+_MORE_CLIENT = "give the client cores of its own (client.cpus), use more client.workers or a lower rate"
+_MORE_CONNECTIONS = "raise client.max_connections, or leave it out"
+_WARMER = "open more connections ahead with client.warm_connections"
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """Queries held back, by whom."""
+
+    loop: int
+    cap: int
+    opening: int
+
+
+class Lateness:
+    """The issue delays of a run, with who is to blame for the late ones."""
+
+    def __init__(self, run: RunData) -> None:
+        self._run = run
+        workers = {int(worker["worker"]): worker.get("stats") or {} for worker in run.workers}
+        size = max([*workers, int(run.worker.max(initial=0))]) + 1
+        self._cap_waits, self._opening_waits = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        for number, stats in workers.items():
+            self._cap_waits[number] = int(stats.get("cap_waits") or 0)
+            self._opening_waits[number] = int(stats.get("connection_waits") or 0) - self._cap_waits[number]
+
+    @cached_property
+    def delay_ns(self) -> npt.NDArray[np.int64]:
+        """Issue delay of every planned query; 0 for one that was not issued."""
+        return np.where(self._run.issued_ns >= 0, self._run.issued_ns - self._run.scheduled_ns, 0)
+
+    def blame(self, late: npt.NDArray[np.bool_]) -> Blame:
+        """Who held back the queries of a mask over all rows."""
+        by_worker = np.bincount(self._run.worker[late], minlength=len(self._cap_waits))
+        cap = np.minimum(by_worker, self._cap_waits)
+        opening = np.minimum(by_worker - cap, self._opening_waits)
+        return Blame(int((by_worker - cap - opening).sum()), int(cap.sum()), int(opening.sum()))
+
+
+def lateness_reasons(evidence: Evidence) -> list[Reason]:
+    """All rules of this module, one reason a code."""
+    lateness = Lateness(evidence.run)
+    found = [
+        *_stalls(evidence),
+        *_delays_of_a_bound(evidence, lateness),
+        *_late_shares(evidence, lateness),
+        *_late_against_service(evidence, lateness),
+        *_cap_waits(evidence),
+        *_achieved_rate(evidence, lateness),
+    ]
+    worst: dict[str, Reason] = {}
+    for reason in found:
+        if reason.code not in worst or (reason.severity == "INVALID" and worst[reason.code].severity == "DEGRADED"):
+            worst[reason.code] = reason
+    return list(worst.values())
+
+
+def longest_stalls(run: RunData) -> list[dict[str, Any]]:
+    """The workers' event-loop stalls during the run, longest first, at most 20: worker, at_ns, duration_ns."""
+    stalls = [
+        {"worker": worker["worker"], "at_ns": int(stall["at_ns"]), "duration_ns": int(stall["duration_ns"])}
+        for worker in run.workers
+        for stall in (worker.get("stats") or {}).get("stalls") or []
+        if stall["at_ns"] + stall["duration_ns"] > 0  # those before t=0 held nothing back
+    ]
+    return sorted(stalls, key=lambda stall: -stall["duration_ns"])[:20]
+
+
+def _tail_promise(evidence: Evidence) -> LatencyPromise | None:
+    """The tightest promise about the tail, which a pause of its bound can break; where there is none, the tightest of all."""
+    promises = evidence.promises
+    return next((promise for promise in promises if promise.budget <= TAIL_BUDGET), promises[0] if promises else None)
+
+
+def _stalls(evidence: Evidence) -> list[Reason]:
+    promise, stalls = _tail_promise(evidence), longest_stalls(evidence.run)
+    if promise is None or not stalls or stalls[0]["duration_ns"] < promise.bound_ns:
+        return []
+    longest = stalls[0]
+    text = (
+        f"the event loop of worker {longest['worker']} stood still for {say_time(longest['duration_ns'])} "
+        f"at {say_time(longest['at_ns'])}, no less than the bound of {promise.text!r}"
+    )
+    return [Reason("loop_stall", "INVALID", text, _MORE_CLIENT, longest["duration_ns"], promise.bound_ns)]
+
+
+def _delays_of_a_bound(evidence: Evidence, lateness: Lateness) -> list[Reason]:
+    promise = _tail_promise(evidence)
+    if promise is None:
+        return []
+    blame = lateness.blame(lateness.delay_ns >= promise.bound_ns)
+    late, worst_ns = sum(astuple(blame)), int(lateness.delay_ns.max(initial=0))
+    text = f"{late} queries were issued up to {say_time(worst_ns)} late, no less than the bound of {promise.text!r}"
+    return _charge(blame, 0, "INVALID", text, worst_ns, promise.bound_ns)
+
+
+def _late_shares(evidence: Evidence, lateness: Lateness) -> list[Reason]:
+    reasons: list[Reason] = []
+    issued = evidence.summary.delay.count
+    for promise in evidence.promises:
+        late_ns = max(LATE_FLOOR_NS, int(promise.bound_ns * LATE_PART_OF_BOUND))
+        blame = lateness.blame(lateness.delay_ns > late_ns)
+        late = sum(astuple(blame))
+        for severity, part in PARTS_OF_BUDGET.items():
+            if promise.budget and late > ACCIDENTS:
+                share = part * promise.budget
+                text = (
+                    f"{late} of {issued} queries ({say_share(late / issued)}) were issued over {say_time(late_ns)} late, "
+                    f"which uses up over {say_share(part)} of the {say_share(promise.budget)} that {promise.text!r} "
+                    "leaves to the server"
+                )
+                reasons += _charge(blame, share * issued, severity, text, late / issued, share)
+    return reasons
+
+
+def _late_against_service(evidence: Evidence, lateness: Lateness) -> list[Reason]:
+    median_ns, issued = evidence.summary.service.percentile(50) or 0, evidence.summary.delay.count
+    late_ns = max(LATE_FLOOR_NS, int(median_ns * LATE_PART_OF_SERVICE))
+    blame = lateness.blame(lateness.delay_ns > late_ns)
+    late = sum(astuple(blame))
+    if late <= ACCIDENTS:
+        return []
+    text = (
+        f"{late} of {issued} queries ({say_share(late / issued)}) were issued over {say_time(late_ns)} late; "
+        f"the median service time is {say_time(median_ns)}"
+    )
+    return _charge(blame, DEGRADED_LATE_SHARE * issued, "DEGRADED", text, late / issued, DEGRADED_LATE_SHARE)
+
+
+def _charge(blame: Blame, allowed: float, severity: Severity, text: str, measured: float, bound: float) -> list[Reason]:
+    """The finding under the name of whoever held back more queries than allowed; opening connections only degrades."""
+    if blame.loop + blame.cap > allowed:
+        if blame.cap > blame.loop:
+            text += f": {blame.cap} of them waited under client.max_connections"
+            return [Reason("connection_cap", severity, text, _MORE_CONNECTIONS, measured, bound)]
+        return [Reason("lateness", severity, f"{text}: the client's event loop was late", _MORE_CLIENT, measured, bound)]
+    if blame.opening > allowed:
+        text += f": {blame.opening} of them waited for a connection to open"
+        return [Reason("connection_opening", "DEGRADED", text, _WARMER, measured, bound)]
+    return []
+
+
+def _cap_waits(evidence: Evidence) -> list[Reason]:
+    waits, issued = evidence.worker_total("cap_waits"), max(evidence.summary.counts.issued, 1)
+    if not waits:
+        return []
+    share = waits / issued
+    text = (
+        f"{waits} queries ({say_share(share)}) waited for one of client.max_connections = {evidence.client('max_connections')} "
+        f"connections a worker, for {say_time(evidence.worker_total('cap_wait_ns') / waits)} on average"
+    )
+    if share > INVALID_CAP_SHARE:
+        text += ": the loop was not open any more"
+        return [Reason("connection_cap", "INVALID", text, _MORE_CONNECTIONS, share, INVALID_CAP_SHARE)]
+    return [Reason("connection_cap", "DEGRADED", text, _MORE_CONNECTIONS, share, 0)]
+
+
+def _achieved_rate(evidence: Evidence, lateness: Lateness) -> list[Reason]:
+    """What was issued within the schedule, of all that could have been.
+
+    Not counted as due: what no connection could be opened for (an error, not a delay), what
+    ``client.max_outstanding`` shed on purpose, and what an interruption left.
+    """
+    run = evidence.run
+    issued = run.issued_ns >= 0
+    due = issued.copy()
+    if run.facts.get("state") == "complete" and evidence.client("max_outstanding") is None:
+        due |= run.outcome == Outcome.SHED
+    window_ns = int(run.scheduled_ns[due].max(initial=0))
+    in_time = issued & (run.issued_ns <= window_ns + ACHIEVED_GRACE_NS)
+    planned, achieved = int(np.count_nonzero(due)), int(np.count_nonzero(in_time))
+    if not window_ns or achieved >= DEGRADED_ACHIEVED * planned:
+        return []
+    seconds, share = window_ns / 1e9, achieved / planned
+    severity: Severity = "INVALID" if share < INVALID_ACHIEVED else "DEGRADED"
+    blame = lateness.blame(due & ~in_time)
+    text = f"the client could issue only {say_rate(achieved / seconds)} of {say_rate(planned / seconds)}"
+    remedy = "use more client.workers or a lower rate"
+    if blame.opening > blame.loop + blame.cap:
+        severity, text, remedy = "DEGRADED", f"{text}: connections were too slow to open", _WARMER
+    elif blame.cap > blame.loop:
+        text, remedy = f"{text} under client.max_connections = {evidence.client('max_connections')}", _MORE_CONNECTIONS
+    return [
+        Reason("achieved_rate", severity, text, remedy, share, INVALID_ACHIEVED if severity == "INVALID" else DEGRADED_ACHIEVED)
+    ]

@@ -1,0 +1,288 @@
+"""Judges the measurement itself: VALID, DEGRADED or INVALID, with reasons that name the resource and the remedy.
+
+A verdict on the server is worth no more than the client that measured it. Each rule below is
+one function over the run's `Evidence` and answers with at most a few reasons; the worst
+severity is the verdict. A rule whose facts are missing (a killed run leaves no statistics)
+stays silent, and the rule about the run's state speaks instead. Rules about sending on time
+are in `servebench.judge.lateness`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from servebench.judge.evidence import Evidence, Reason, Severity
+from servebench.judge.lateness import LATE_FLOOR_NS, lateness_reasons, longest_stalls
+from servebench.judge.wording import say_share, say_time
+from servebench.record.histogram import HIGHEST_TRACKABLE_NS
+from servebench.record.outcome import Outcome
+
+Trust = Literal["VALID", "DEGRADED", "INVALID"]
+
+#: Wall clock against monotonic clock over the run, as a share of it: LoadGen's warning and error.
+DEGRADED_CLOCK_SHARE, INVALID_CLOCK_SHARE = 0.001, 0.01
+#: Less than this is the time between reading the two clocks.
+CLOCK_FLOOR_NS = 10_000_000
+#: Boot time that passed without monotonic time: the host slept. No suspend is shorter.
+SUSPEND_FLOOR_NS = 50_000_000
+#: CPU time of a worker, as a share of one core, from which on it has no time left to be punctual.
+FULL_CORE_SHARE = 0.9
+#: CPU time that the hypervisor gave to others, as a share.
+STEAL_SHARE = 0.05
+
+_RERUN = "run again"
+_OWN_FAULT = "the run directory is damaged or was written by a faulty version; run again"
+
+
+def judge_trust(evidence: Evidence) -> dict[str, Any]:
+    """The ``trust`` of ``run.json``: verdict, reasons (worst first), and the longest event-loop stalls."""
+    reasons = [reason for rule in _RULES for reason in rule(evidence)]
+    late = any(reason.code in ("lateness", "loop_stall", "achieved_rate") for reason in reasons)
+    reasons += _full_core(evidence, late)
+    reasons.sort(key=lambda reason: reason.severity != "INVALID")
+    verdict: Trust = reasons[0].severity if reasons else "VALID"
+    return {
+        "verdict": verdict,
+        "reasons": [reason.as_dict() for reason in reasons],
+        "stall_count": evidence.worker_total("stall_count"),
+        "stalls": longest_stalls(evidence.run),
+    }
+
+
+def run_state(facts: dict[str, Any]) -> str:
+    """``complete``, ``interrupted`` or ``failed``: a run still ``running`` when it is judged lost its process."""
+    state = facts.get("state")
+    return state if state in ("complete", "interrupted") else "failed"
+
+
+def _state(evidence: Evidence) -> list[Reason]:
+    facts = evidence.run.facts
+    state, why = run_state(facts), facts.get("stop_reason")
+    if state == "complete":
+        return []
+    if facts.get("state") == "running":
+        why = "its process was killed"
+    verb = "was interrupted" if state == "interrupted" else "failed"
+    return [Reason(state, "INVALID", f"the run {verb} before its end{f': {why}' if why else ''}", _RERUN)]
+
+
+def _workers(evidence: Evidence) -> list[Reason]:
+    run = evidence.run
+    workers, wanted = run.workers, evidence.client("workers")
+    interrupted = run_state(run.facts) == "interrupted"
+    lost = [
+        worker for worker in workers if worker.get("state") == "lost" or (worker.get("state") != "done" and not interrupted)
+    ]
+    reasons = [
+        Reason(
+            "worker_lost",
+            "INVALID",
+            f"worker process {worker['worker']} ended before its books were closed (exit status {worker.get('exit')})",
+            "look for an out-of-memory kill or a crash, and run again",
+        )
+        for worker in lost
+    ]
+    if workers and wanted is not None and len(workers) != wanted:
+        text = f"{len(workers)} worker processes of {wanted} left a record"
+        reasons.append(Reason("worker_lost", "INVALID", text, _RERUN, len(workers), wanted))
+    return reasons
+
+
+def _books(evidence: Evidence) -> list[Reason]:
+    run, counts = evidence.run, evidence.summary.counts
+    problems = []
+    planned = run.section("schedule").get("planned")
+    if planned is not None and planned != run.planned:
+        problems.append(f"{planned} queries were planned, but there are records of {run.planned}")
+    shares = sum(worker.get("rows") or 0 for worker in run.workers)
+    if run.workers and shares != run.planned:
+        problems.append(f"the workers' shares add up to {shares} of {run.planned} queries")
+    if not counts.balanced:
+        problems.append("planned = issued + shed or issued = ok + error + timeout + unfinished does not hold")
+    if run_state(run.facts) != "failed":
+        open_ended = int(np.count_nonzero(run.outcome <= Outcome.OUTSTANDING))
+        if open_ended:
+            problems.append(f"{open_ended} queries have no end although the run has one")
+    contradictions = int(np.count_nonzero(_contradictory_rows(evidence)))
+    if contradictions:
+        problems.append(f"{contradictions} queries have times that contradict their outcome or each other")
+    return [Reason("books", "INVALID", f"the books do not balance: {problem}", _OWN_FAULT) for problem in problems]
+
+
+def _contradictory_rows(evidence: Evidence) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    run = evidence.run
+    ok, sent = run.outcome == Outcome.OK, run.issued_ns >= 0
+    disordered = (run.first_byte_ns < run.issued_ns) | (run.completed_ns < run.first_byte_ns)
+    early = sent & (run.issued_ns < run.scheduled_ns - LATE_FLOOR_NS)
+    never_sent = (run.outcome == Outcome.SHED) | (run.outcome == Outcome.NOT_ISSUED)
+    contradictory: np.ndarray[Any, np.dtype[np.bool_]] = (ok & (~sent | disordered)) | early | (never_sent & sent)
+    return contradictory
+
+
+def _schedule_hash(evidence: Evidence) -> list[Reason]:
+    claimed = evidence.run.section("schedule").get("sha256")
+    found = hashlib.sha256(evidence.run.scheduled_ns.astype("<i8", copy=False).data).hexdigest()
+    if claimed is None or found == claimed:
+        return []
+    text = f"the schedule's hash is {found[:12]}..., not {claimed[:12]}... as planned"
+    return [Reason("schedule_hash", "INVALID", text, _OWN_FAULT)]
+
+
+def _arrival_process(evidence: Evidence) -> list[Reason]:
+    checks, name = evidence.arrivals, evidence.run.section("schedule").get("arrivals")
+    reasons = [
+        Reason("arrivals", "INVALID", f"the planned arrivals are not {name!r}: {problem}", _OWN_FAULT)
+        for problem in checks.problems
+    ]
+    opening_waits = evidence.worker_total("connection_waits") - evidence.worker_total("cap_waits")
+    displaced = (checks.issued_ks_distance or 0) * evidence.summary.delay.count
+    if displaced > opening_waits:  # fewer can be put down to a server that was slow to accept; see `lateness`
+        reasons += [
+            Reason(
+                "arrivals",
+                "INVALID",
+                problem,
+                "give the client more cores or client.workers, or lower the rate",
+                checks.issued_ks_distance,
+            )
+            for problem in checks.issue_problems
+        ]
+    return reasons
+
+
+def _shed(evidence: Evidence) -> list[Reason]:
+    counts, cap = evidence.summary.counts, evidence.client("max_outstanding")
+    if not counts.shed or run_state(evidence.run.facts) != "complete":
+        return []
+    share = counts.shed / counts.planned
+    why = f"client.max_outstanding = {cap} queries a worker were out" if cap is not None else "no connection came free in time"
+    text = (
+        f"{counts.shed} of {counts.planned} queries ({say_share(share)}) were never sent: {why}; they count as over every bound"
+    )
+    remedy = "raise client.max_outstanding, leave it out, or lower the rate" if cap is not None else "lower the rate"
+    return [Reason("shed", "DEGRADED", text, remedy, share, 0)]
+
+
+def _own_host(evidence: Evidence) -> list[Reason]:
+    count = int(np.count_nonzero(evidence.run.outcome == Outcome.CLIENT))
+    if not count:
+        return []
+    errors = evidence.run.facts.get("errors") or []
+    detail = next((f" ({error['detail']})" for error in errors if error.get("kind") == Outcome.CLIENT.kind), "")
+    text = f"{count} queries failed because this host ran out of file descriptors, ports or memory{detail}"
+    return [
+        Reason(
+            "own_host", "INVALID", text, "raise ulimit -n or widen net.ipv4.ip_local_port_range, or lower the rate", count, 0
+        )
+    ]
+
+
+def _histogram_overflow(evidence: Evidence) -> list[Reason]:
+    response = evidence.summary.response
+    count = response.over(HIGHEST_TRACKABLE_NS) - response.infinite_count
+    if not count:
+        return []
+    text = f"{count} response times are over {say_time(HIGHEST_TRACKABLE_NS)}, where latency.hgrm and latency.hlog end"
+    return [Reason("histogram_overflow", "DEGRADED", text, "read percentiles from run.json, which has them exactly", count, 0)]
+
+
+def _clocks(evidence: Evidence) -> list[Reason]:
+    clocks = evidence.run.section("clocks")
+    start, end = clocks.get("start"), clocks.get("end")
+    if not start or not end:
+        return []
+    elapsed = {
+        name: end[name] - start[name]
+        for name in ("monotonic_ns", "realtime_ns", "boottime_ns")
+        if name in start and name in end
+    }
+    monotonic_ns = elapsed["monotonic_ns"]
+    reasons = []
+    slept_ns = elapsed.get("boottime_ns", monotonic_ns) - monotonic_ns
+    if slept_ns > SUSPEND_FLOOR_NS:
+        text = f"the host was suspended for {say_time(slept_ns)} during the run"
+        reasons.append(Reason("suspend", "INVALID", text, "keep the host awake, and run again", slept_ns, SUSPEND_FLOOR_NS))
+    step_ns = abs(elapsed.get("realtime_ns", monotonic_ns) - monotonic_ns - slept_ns)
+    share = step_ns / max(monotonic_ns, 1)
+    if step_ns > CLOCK_FLOOR_NS and share > DEGRADED_CLOCK_SHARE:
+        severity: Severity = "INVALID" if share > INVALID_CLOCK_SHARE else "DEGRADED"
+        bound = INVALID_CLOCK_SHARE if severity == "INVALID" else DEGRADED_CLOCK_SHARE
+        text = (
+            f"the wall clock and the monotonic clock drifted apart by {say_time(step_ns)} ({say_share(share)}) during the run"
+        )
+        reasons.append(
+            Reason("clock_step", severity, text, "let the host's time settle (ntp, a restored machine)", share, bound)
+        )
+    return reasons
+
+
+def _output_check(evidence: Evidence) -> list[Reason]:
+    run = evidence.run
+    check, asked = run.section("output_check"), (run.section("profile").get("output_check") or {}).get("replies") or 0
+    wrong, checked = check.get("wrong") or 0, check.get("checked") or 0
+    if wrong:
+        first = check.get("first_wrong") or {}
+        example = f"; query {first.get('query')}: {first.get('detail')}" if first else ""
+        text = f"{wrong} of {checked} checked replies are wrong{example}"
+        remedy = "mend the model or the server before measuring its speed"
+        return [Reason("output_check", "INVALID", text, remedy, wrong, 0)]
+    if asked and not checked and evidence.summary.counts.ok:
+        text = f"no reply was checked, although {evidence.summary.counts.ok} were received"
+        return [
+            Reason(
+                "output_check",
+                "DEGRADED",
+                text,
+                "run again; fast replies may be empty ones",
+                0,
+                min(asked, evidence.summary.counts.ok),
+            )
+        ]
+    return []
+
+
+def _host_cpu(evidence: Evidence) -> list[Reason]:
+    host = evidence.run.section("host_cpu")
+    reasons = []
+    steal, throttled = host.get("steal_share") or 0.0, host.get("throttled") or 0
+    if steal > STEAL_SHARE:
+        text = f"the hypervisor gave {say_share(steal)} of this machine's CPU time to others"
+        reasons.append(Reason("cpu_steal", "DEGRADED", text, "measure on a quieter or a dedicated machine", steal, STEAL_SHARE))
+    if throttled:
+        text = f"this container was throttled {throttled} times for using up its CPU quota"
+        reasons.append(Reason("cpu_throttled", "DEGRADED", text, "raise the container's CPU limit", throttled, 0))
+    return reasons
+
+
+def _full_core(evidence: Evidence, late: bool) -> list[Reason]:
+    """A worker that used up its core; ``precise`` pacing spins by design, so there only lateness tells."""
+    reasons = []
+    for worker in evidence.run.workers:
+        stats = worker.get("stats") or {}
+        share = (stats.get("cpu_s") or 0) / (stats.get("wall_s") or 1)
+        if share > FULL_CORE_SHARE and (late or stats.get("pacing") == "eco"):
+            text = f"worker {worker['worker']} used {say_share(share)} of a core, so it had no time left to be punctual"
+            reasons.append(
+                Reason("worker_cpu", "DEGRADED", text, "use more client.workers or a lower rate", share, FULL_CORE_SHARE)
+            )
+    return reasons
+
+
+_RULES: tuple[Callable[[Evidence], list[Reason]], ...] = (
+    _state,
+    _workers,
+    _books,
+    _schedule_hash,
+    _arrival_process,
+    lateness_reasons,
+    _shed,
+    _own_host,
+    _histogram_overflow,
+    _clocks,
+    _output_check,
+    _host_cpu,
+)

@@ -1,0 +1,306 @@
+"""The load profile: everything a run needs, in one documented, frozen object.
+
+This module is the reference manual: a field's description here is what ``--help``,
+``servebench profile-schema`` and the README's table say. Units are in the names, unknown
+keys are errors, ``None`` means "no limit".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from servebench.constraint import Constraint, parse_constraint
+from servebench.errors import ProfileError
+
+#: Where bundled profiles live in an installation, and the models' sample files beside them.
+BUNDLED_PROFILES = "servebench_loadprofiles"
+BUNDLED_MODELS = "servebench_servers.models"
+
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+REDACTED = "<redacted>"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
+
+
+class Server(_Section):
+    """Who answers: a server that servebench starts for the run, or one that already runs."""
+
+    launch: str | None = None
+    """Launcher to start for the run (`triton`, `stub`, or another that is installed). Omit it to use a server that already runs at `url`."""
+    url: str | None = None
+    """Base URL of a server that already runs, e.g. `http://127.0.0.1:8000`. Nothing is started or stopped."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The launcher's own settings (`servebench serve NAME --help` lists them)."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Server:
+        if (self.launch is None) == (self.url is None):
+            raise ValueError("give exactly one of launch (a server to start) and url (a server that runs)")
+        if self.url is not None:
+            if not re.match(r"^https?://[^/]+", self.url):
+                raise ValueError(f"url: {self.url!r} is not an http:// or https:// address")
+            if self.options:
+                raise ValueError("options belong to launch; a server at url is used as it is")
+        return self
+
+
+class Endpoint(_Section):
+    """What we ask for, and how."""
+
+    protocol: Literal["kserve-http"] = "kserve-http"
+    """Wire protocol: `kserve-http` is the KServe v2 inference protocol over HTTP/1.1 (Triton and others)."""
+    model: str
+    """Name of the model on the server."""
+    version: str | None = None
+    """Model version; the server chooses when omitted."""
+    tensor_format: Literal["binary", "json"] = "binary"
+    """How tensors travel in requests and replies: KServe's binary tensor extension, or plain JSON numbers."""
+    parameters: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Request parameters sent with every query, e.g. `priority` or `timeout` (Triton, in microseconds)."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """Extra HTTP headers. Their values never reach a run directory."""
+    bearer_token_env: str | None = None
+    """Environment variable that holds a bearer token for the Authorization header."""
+    ca_file: Path | None = None
+    """PEM file of certificate authorities to trust instead of the system's, for https."""
+    verify_tls: bool = True
+    """Check the server's certificate, for https."""
+
+
+class Samples(_Section):
+    """The sample library: the payloads that queries carry, and in which order."""
+
+    source: Literal["random", "zero", "npz", "npy", "perf-analyzer"] = "random"
+    """`random` or `zero` tensors shaped from the model's metadata, an `npz` file (one array per input, first axis = samples), a directory of `npy` files (`<input>.npy`), or a `perf-analyzer` input JSON."""
+    path: Path | None = None
+    """File or directory for `npz`, `npy`, `perf-analyzer`; relative to the profile, or `models:...` for the bundled models' files."""
+    count: int = Field(default=64, ge=1, le=1_000_000)
+    """How many different samples to make for `random` and `zero`; files bring their own number."""
+    batch_size: int = Field(default=1, ge=1)
+    """Rows of each input in one query (the client-side batch)."""
+    shapes: dict[str, list[int]] = Field(default_factory=dict)
+    """Shape per input without the batch axis, where the model leaves sizes open (-1)."""
+    payload_seed: Seed = 0
+    """Seed of `random` tensors."""
+    order: Literal["with_replacement", "equal_issue", "unique", "same"] = "with_replacement"
+    """LoadGen's sample orders: independent draws, whole permutations (every sample equally often), each sample once (ends the run), or one sample throughout."""
+    same_index: int = Field(default=0, ge=0)
+    """The sample that `order: same` repeats (an index into the loaded set)."""
+    performance_sample_count: int | None = Field(default=None, ge=1)
+    """How many samples of the library to use (LoadGen's performance sample count); all when omitted."""
+    sample_set_seed: Seed = 2085463073848966840
+    """LoadGen's `qsl_rng_seed`: which samples are used. The default is MLPerf Inference v6.1's."""
+    sample_order_seed: Seed = 2747215439041700203
+    """LoadGen's `sample_index_rng_seed`: their order. The default is MLPerf Inference v6.1's."""
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> Samples:
+        if self.source in ("random", "zero"):
+            if self.path is not None:
+                raise ValueError(f"path: source {self.source!r} reads no file; use source npz, npy or perf-analyzer")
+        elif self.path is None:
+            raise ValueError(f"path: source {self.source!r} needs a path")
+        return self
+
+
+class Load(_Section):
+    """When queries are due. Open loop: arrivals never wait for replies (MLPerf's server scenario)."""
+
+    target_qps: float = Field(gt=0, le=10_000_000)
+    """Mean arrival rate, queries per second."""
+    arrivals: Literal["mlperf", "poisson", "constant"] = "mlperf"
+    """Arrival process: `mlperf` is LoadGen's Poisson stream bit for bit, `poisson` uses numpy's generator, `constant` has equal gaps."""
+    min_duration_s: float = Field(default=60.0, ge=0, le=86_400)
+    """The schedule lasts at least this long, and has at least `min_query_count` queries."""
+    min_query_count: int = Field(default=100, ge=1, le=100_000_000)
+    """Smallest number of queries."""
+    max_duration_s: float | None = Field(default=None, gt=0)
+    """No query is due later than this, even if a minimum is then missed."""
+    max_query_count: int | None = Field(default=None, ge=1)
+    """No more queries than this, even if a minimum is then missed."""
+    schedule_seed: Seed = 16159082839903944936
+    """Seed of the arrival times. The default is MLPerf Inference v6.1's; one seed gives the same random numbers at every rate."""
+    warmup_s: float = Field(default=2.0, ge=0, le=3_600)
+    """Untimed traffic at the same rate before measuring; its replies are awaited, then the measured schedule starts."""
+    timeout_s: float = Field(default=10.0, gt=0, le=3_600)
+    """A query without a complete reply this long after it was issued fails with kind `timeout`."""
+    drain_timeout_s: float = Field(default=10.0, ge=0, le=3_600)
+    """How long to wait for outstanding replies after the last query was due; what is left is `unfinished` or, not yet sent, `shed`."""
+
+
+class Client(_Section):
+    """The load generator itself."""
+
+    workers: int = Field(default=1, ge=1, le=256)
+    """Worker processes; worker k of n issues arrivals k, k+n, ... of the one schedule."""
+    pacing: Literal["precise", "eco"] = "precise"
+    """`precise` wakes early and spins through the event loop (costs CPU, issues within tens of microseconds); `eco` relies on the kernel timer."""
+    warm_connections: int = Field(default=8, ge=0, le=100_000)
+    """Connections per worker opened before the clock starts; more are opened on demand."""
+    max_connections: int | None = Field(default=None, ge=1)
+    """Cap on connections per worker. A query that has to wait for one is counted and its wait is in its response time."""
+    max_outstanding: int | None = Field(default=None, ge=1)
+    """Cap on outstanding queries per worker. A query due beyond it is shed: counted, and judged as over every bound."""
+    cpus: list[int] | None = None
+    """CPUs the workers may use, e.g. `[1]`; all when omitted."""
+
+
+class OutputCheck(_Section):
+    """A check of sampled replies, after the timed path: shape, dtype, byte size, and golden values where given."""
+
+    replies: int = Field(default=256, ge=0, le=100_000)
+    """How many replies to keep and check, spread evenly over the run; 0 checks none."""
+    golden: Path | None = None
+    """An `npz` with the expected outputs (one array per output, first axis = samples, same order as the sample library)."""
+    rtol: float = Field(default=1e-3, ge=0)
+    """Relative tolerance against golden values."""
+    atol: float = Field(default=1e-4, ge=0)
+    """Absolute tolerance against golden values."""
+
+
+class Profile(_Section):
+    """A load profile: who answers, what is asked, when, by whom, and the promise that is judged."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run directory, and of the profile in reports."""
+    description: str = ""
+    """One line for people."""
+    server: Server
+    endpoint: Endpoint
+    samples: Samples = Samples()
+    load: Load
+    client: Client = Client()
+    constraints: list[str] = Field(min_length=1)
+    """The promises, all of which must hold: `p99 <= 50ms`, `errors < 0.1%`, ... The first latency percentile is the headline (MLPerf's target latency)."""
+    output_check: OutputCheck = OutputCheck()
+
+    @field_validator("constraints")
+    @classmethod
+    def _constraints_parse(cls, lines: list[str]) -> list[str]:
+        return [parse_constraint(line).text for line in lines]
+
+    @property
+    def parsed_constraints(self) -> list[Constraint]:
+        """The constraints as values, in the profile's order."""
+        return [parse_constraint(line) for line in self.constraints]
+
+    def public_dict(self) -> dict[str, Any]:
+        """JSON-able effective settings, header values redacted: fit for a run directory."""
+        data = self.model_dump(mode="json")
+        data["endpoint"]["headers"] = dict.fromkeys(self.endpoint.headers, REDACTED)
+        return data
+
+
+def bundled_profiles() -> dict[str, Path]:
+    """Profiles that ship with servebench, name -> file."""
+    folder = Path(str(resources.files(BUNDLED_PROFILES)))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_profile(reference: str, overrides: list[str] | tuple[str, ...] = ()) -> Profile:
+    """Read a profile by file path or bundled name and apply ``key.path=value`` overrides.
+
+    Values of overrides are YAML. Raises `ProfileError` with one line: file, key, what was
+    found, what is allowed.
+    """
+    path = Path(reference)
+    if not path.is_file():
+        bundled = bundled_profiles()
+        if reference not in bundled:
+            raise ProfileError(f"{reference}: no such file, and no bundled profile of that name; bundled: {', '.join(bundled)}")
+        path = bundled[reference]
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ProfileError(f"{path}: a profile is a mapping of keys, found {type(data).__name__}")
+    apply_overrides(data, overrides)
+    profile = parse_profile(data, source=str(path))
+    return _resolve_paths(profile, path.parent)
+
+
+def parse_profile(data: dict[str, Any], *, source: str) -> Profile:
+    """Validate a mapping; `ProfileError` is one line naming ``source`` and the key."""
+    try:
+        return Profile.model_validate(data)
+    except ValidationError as error:
+        raise ProfileError(f"{source}: {describe_validation_error(error, Profile)}") from None
+
+
+def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem of a pydantic error as ``key: what is wrong, what was found``, with the known keys for an unknown one."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"]) or "profile"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key; allowed here: {', '.join(_keys_at(model, first['loc'][:-1]))}"
+    elif first["type"] == "missing":
+        message = "required, but missing"
+    elif first["type"] != "value_error":
+        message = f"{message[0].lower()}{message[1:]}, found {first['input']!r}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{key}: {message}{more}"
+
+
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)
+
+
+def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Set ``key.path=value`` lines in nested mappings, in place. `ProfileError` names the line."""
+    for override in overrides:
+        _apply_override(data, override)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ProfileError(f"--set {override!r}: write key.path=value, e.g. load.target_qps=300")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ProfileError(f"--set {override!r}: the value is not YAML") from None
+    node = data
+    *parents, last = key.strip().split(".")
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ProfileError(f"--set {override!r}: {part!r} holds a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _resolve_paths(profile: Profile, base: Path) -> Profile:
+    def resolve(path: Path | None, key: str) -> Path | None:
+        if path is None:
+            return None
+        text = str(path)
+        if text.startswith("models:"):
+            resolved = Path(str(resources.files(BUNDLED_MODELS))) / text.removeprefix("models:")
+        else:
+            resolved = base / path.expanduser()
+        if not resolved.exists():
+            raise ProfileError(f"{key}: {resolved}: no such file or directory")
+        return resolved
+
+    samples = profile.samples.model_copy(update={"path": resolve(profile.samples.path, "samples.path")})
+    check = profile.output_check.model_copy(update={"golden": resolve(profile.output_check.golden, "output_check.golden")})
+    endpoint = profile.endpoint.model_copy(update={"ca_file": resolve(profile.endpoint.ca_file, "endpoint.ca_file")})
+    return profile.model_copy(update={"samples": samples, "output_check": check, "endpoint": endpoint})

@@ -1,0 +1,335 @@
+"""HTTP/1.1 over asyncio Protocols, made for load: one query at a time on warm keep-alive connections.
+
+Strategy: a stack of idle connections (last used first, so a few stay hot and the rest age),
+a queue of queries that found none, and connections opened on demand up to an explicit cap.
+Sending is one non-blocking write on the socket itself, so the issue stamp is next to the
+system call; the event loop's transport only takes over what the kernel would not accept at
+once, and everything under TLS. The time stamp of received bytes is taken before they are
+looked at. Nothing is ever retried: a connection that the server closed just as it was reused
+is its own outcome, STALE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections import deque
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from servebench.clock import now_ns
+from servebench.errors import TransportError
+from servebench.record.outcome import Outcome
+from servebench.transport.base import Sink, TransportStats
+from servebench.wire.http1 import HeaderMemo, Progress, ProtocolFault, ResponseReader
+
+#: Our own host ran out: never the server's fault.
+_CLIENT_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
+_MAX_CONNECTS_IN_FLIGHT = 128
+_IDLE = -1
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection; carries at most one query at a time."""
+
+    __slots__ = ("_fd", "_pool", "_transport", "_write", "chunks", "closed", "first_byte_ns", "number", "reader", "row", "used")
+
+    def __init__(self, pool: HttpTransport, number: int, *, direct: bool) -> None:
+        self._pool = pool
+        self._fd = 0 if direct else -1
+        self.number = number
+        self.reader = ResponseReader(pool.memo)
+        self.row = _IDLE
+        self.used = False
+        self.closed = False
+        self.first_byte_ns = 0
+        self.chunks: list[bytes] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, not the base class
+        if self._fd == 0:
+            self._fd = transport.get_extra_info("socket").fileno()
+
+    def send(self, row: int, request: bytes | memoryview) -> None:
+        """Hand one query to the socket."""
+        pool = self._pool
+        self.row = row
+        self.first_byte_ns = 0
+        self.chunks = [] if pool.sink.issued(row, now_ns(), self.number) else None
+        if self._fd < 0:
+            self._transport.write(request)
+            return
+        try:
+            sent = os.write(self._fd, request)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self.fail(Outcome.STALE if self.used else Outcome.RESET, f"write: {os.strerror(error.errno or 0)}")
+            return
+        if sent != len(request):
+            self._transport.write(memoryview(request)[sent:])
+
+    def data_received(self, data: bytes) -> None:
+        at_ns = now_ns()
+        row = self.row
+        if row == _IDLE:  # bytes that nobody asked for: whatever follows could not be trusted
+            self.discard()
+            return
+        if self.first_byte_ns == 0:
+            self.first_byte_ns = at_ns
+        if self.chunks is not None:
+            self.chunks.append(data)
+        try:
+            progress = self.reader.feed(data)
+        except ProtocolFault as fault:
+            self.fail(Outcome.PROTOCOL, str(fault), at_ns)
+            return
+        if progress is not Progress.PARTIAL:
+            self._finish(row, at_ns, progress, data)
+
+    @property
+    def usable(self) -> bool:
+        """Whether another query may be sent; false as soon as either side has begun to close."""
+        return not (self.closed or self._transport.is_closing())
+
+    def eof_received(self) -> bool:
+        self.closed = True  # the socket may be gone before connection_lost says so
+        if self.row != _IDLE and self.first_byte_ns:
+            at_ns = now_ns()
+            try:
+                self._finish(self.row, at_ns, self.reader.eof(), b"")
+            except ProtocolFault as fault:
+                self.fail(Outcome.RESET, str(fault), at_ns)
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        if self.row != _IDLE:
+            if self.first_byte_ns:
+                self.fail(Outcome.RESET, "connection reset inside the reply")
+            elif self.used:
+                self.fail(Outcome.STALE, "the server closed the idle connection as it was reused")
+            else:
+                self.fail(Outcome.RESET, f"connection closed before any reply{f': {exc}' if exc else ''}")
+        self.reader.close()
+        self._pool.lost(self)
+
+    def fail(self, outcome: Outcome, detail: str, at_ns: int | None = None) -> None:
+        """End the current query without a reply, and throw the connection away."""
+        row, self.row = self.row, _IDLE
+        self.discard()
+        self._pool.sink.failed(row, self.first_byte_ns, now_ns() if at_ns is None else at_ns, outcome, detail)
+
+    def discard(self) -> None:
+        """Close now; the pool stops using it."""
+        self.closed = True
+        self._transport.abort()
+
+    def _finish(self, row: int, at_ns: int, progress: Progress, tail: bytes) -> None:
+        self.row = _IDLE
+        self.used = True
+        pool, reader = self._pool, self.reader
+        status = reader.status
+        if 200 <= status < 300:
+            pool.sink.completed(row, self.first_byte_ns, at_ns, status, reader.body_bytes)
+        else:
+            pool.sink.refused(row, self.first_byte_ns, at_ns, status, reader.body_bytes, tail)
+        if self.chunks is not None:
+            pool.sink.reply(row, self.chunks)
+            self.chunks = None
+        # An early reply: the rest of the request is still queued, so the next one could not follow it.
+        if progress is Progress.COMPLETE_CLOSE or self.closed or self._transport.get_write_buffer_size():
+            self.discard()
+        else:
+            pool.free(self)
+
+
+class HttpTransport:
+    """A pool of connections to one ``http://`` or ``https://`` server; see `servebench.transport.base.Transport`.
+
+    ``sink`` may be replaced between phases, while no query is outstanding.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        sink: Sink,
+        *,
+        max_connections: int | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        connect_timeout_s: float = 10.0,
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or parts.hostname is None:
+            raise TransportError(f"{url}: not an http:// or https:// address")
+        self._host = parts.hostname
+        self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._ssl = (ssl_context or ssl.create_default_context()) if parts.scheme == "https" else None
+        self._max_connections = max_connections
+        self._connect_timeout_s = connect_timeout_s
+        self._address: tuple[socket.AddressFamily, Any] | None = None
+        self._idle: list[Connection] = []
+        self._waiting: deque[tuple[int, bytes | memoryview, int, bool]] = deque()
+        self._connections: dict[int, Connection] = {}
+        self._connecting: set[asyncio.Task[Connection]] = set()
+        self._next_number = 0
+        self.sink = sink
+        self.memo: HeaderMemo = {}
+        self.stats = TransportStats()
+
+    def __repr__(self) -> str:
+        return (
+            f"<HttpTransport {self._host}:{self._port} open={len(self._connections)} "
+            f"connecting={len(self._connecting)} waiting={len(self._waiting)}>"
+        )
+
+    async def open(self, connections: int) -> None:
+        """Resolve the host once and open ``connections`` ahead (at least one is tried, to find out whether anybody listens)."""
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise TransportError(f"{self._host}: cannot be resolved: {error.strerror}") from None
+        family, _, _, _, address = found[0]
+        self._address = (family, address)
+        wanted = max(1, min(connections, self._max_connections or connections))
+        gate = asyncio.Semaphore(_MAX_CONNECTS_IN_FLIGHT)
+
+        async def connect_one() -> OSError | TimeoutError | None:
+            async with gate:
+                try:
+                    self._idle.append(await self._connect())
+                except OSError as error:
+                    return error
+                return None
+
+        failures = [error for error in await asyncio.gather(*(connect_one() for _ in range(wanted))) if error]
+        if len(failures) == wanted:
+            raise TransportError(f"{self._host}:{self._port}: cannot connect: {_reason(failures[0])}")
+
+    def issue(self, row: int, request: bytes | memoryview) -> None:
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            if connection.usable:
+                connection.send(row, request)
+                if not idle and not self._connecting and not self._at_cap():
+                    self._start_connect()  # grow ahead: the next query should not wait for a handshake
+                return
+        at_cap = self._at_cap()
+        self.stats.connection_waits += 1
+        self.stats.cap_waits += at_cap
+        self._waiting.append((row, request, now_ns(), at_cap))
+        self._connect_for_waiting()
+
+    def cancel(self, row: int, connection: int, outcome: Outcome, detail: str) -> None:
+        found = self._connections.get(connection)
+        if found is not None and found.row == row:
+            found.fail(outcome, detail)
+
+    def abandon_waiting(self) -> list[int]:
+        rows = [row for row, _, _, _ in self._waiting]
+        self._waiting.clear()
+        return rows
+
+    async def close(self) -> None:
+        for task in self._connecting:
+            task.cancel()
+        await asyncio.gather(*self._connecting, return_exceptions=True)
+        for connection in list(self._connections.values()):
+            connection.discard()
+        self._idle.clear()
+        await asyncio.sleep(0)  # let the transports run their connection_lost
+
+    # --- called by connections ----------------------------------------------------------
+
+    def free(self, connection: Connection) -> None:
+        """A connection finished its query: give it the longest-waiting one, or rest it."""
+        if self._waiting:
+            self._serve_waiting(connection)
+        else:
+            self._idle.append(connection)
+
+    def lost(self, connection: Connection) -> None:
+        """A connection is gone; one that waits for a place under the cap may open now."""
+        if self._connections.pop(connection.number, None) is not None:
+            self.stats.connections_open -= 1
+        self._connect_for_waiting()
+
+    # --- connecting ---------------------------------------------------------------------
+
+    def _at_cap(self) -> bool:
+        cap = self._max_connections
+        return cap is not None and len(self._connections) + len(self._connecting) >= cap
+
+    def _serve_waiting(self, connection: Connection) -> None:
+        row, request, since_ns, at_cap = self._waiting.popleft()
+        if at_cap:
+            self.stats.cap_wait_ns += now_ns() - since_ns
+        connection.send(row, request)
+
+    def _connect_for_waiting(self) -> None:
+        if len(self._connecting) < len(self._waiting) and not self._at_cap():
+            self._start_connect()
+
+    def _start_connect(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._connect())
+        self._connecting.add(task)
+        task.add_done_callback(self._connect_ended)
+
+    def _connect_ended(self, task: asyncio.Task[Connection]) -> None:
+        self._connecting.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            self.free(task.result())
+        elif isinstance(error, OSError):
+            reason = _reason(error)
+            self.stats.connect_failures[reason] = self.stats.connect_failures.get(reason, 0) + 1
+            if self._waiting:
+                row, _, _, _ = self._waiting.popleft()
+                outcome = Outcome.CLIENT if error.errno in _CLIENT_ERRNOS else Outcome.CONNECT
+                self.sink.failed(row, 0, now_ns(), outcome, f"connect: {reason}")
+                self._connect_for_waiting()
+        else:
+            raise error
+
+    async def _connect(self) -> Connection:
+        assert self._address is not None, "open() comes first"
+        family, address = self._address
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            async with asyncio.timeout(self._connect_timeout_s):
+                await loop.sock_connect(sock, address)
+                number = self._next_number
+                self._next_number += 1
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self, number, direct=self._ssl is None),
+                    sock=sock,
+                    ssl=self._ssl,
+                    server_hostname=self._host if self._ssl else None,
+                )
+        except BaseException:
+            sock.close()
+            raise
+        self._connections[number] = connection
+        stats = self.stats
+        stats.connections_opened += 1
+        stats.connections_open += 1
+        stats.connections_peak = max(stats.connections_peak, stats.connections_open)
+        return connection
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {error.reason or error}"
+    if isinstance(error, TimeoutError) and error.errno is None:
+        return "no answer within the time allowed"
+    return os.strerror(error.errno) if error.errno else str(error)

@@ -1,0 +1,1 @@
+"""WHAT travels: bytes in, values out, and back. Nothing here knows sockets, clocks or event loops."""

@@ -1,0 +1,1 @@
+"""Launchers for the servers that servebench bundles, found through the entry-point group ``servebench.servers``."""

@@ -1,0 +1,116 @@
+"""The stub server's launcher: a model server whose true queueing behaviour is known.
+
+It answers KServe v2 over HTTP like any model server, but only takes time: queries wait in one
+queue for one server whose service times follow a chosen law, so what a load tester must report
+can be computed (see `stub_queue`), and its own mistakes become visible.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from servebench.launcher import Launcher, RunningServer
+
+from .process import ServerProcess
+from .stub_faults import Faults
+from .stub_queue import Service
+
+_READY_DEADLINE_S = 15.0
+_LISTENING = re.compile(r"^listening on (http://127\.0\.0\.1:\d+)$", re.MULTILINE)
+
+Elements = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class StubOptions(BaseModel):
+    """What the stub does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    service: Service = Service(kind="constant", mean_ms=5.0)
+    """How long it works on a query."""
+    queue_limit: Annotated[int, Field(ge=0)] | None = None
+    """Most queries that may wait, not counting those in service; one beyond it gets status 503 at once."""
+    faults: Faults = Faults()
+    """Replies that are spoilt on purpose."""
+    input_elements: Elements = 16
+    """Numbers in a row of the model's input `INPUT`, FP32 of shape [rows, `input_elements`]."""
+    output_elements: Elements = 16
+    """Numbers in a row of the model's output `OUTPUT`, FP32 of shape [rows, `output_elements`]; every row is 0, 1, 2, ..."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """TCP port on 127.0.0.1; 0 takes a free one."""
+    cpus: list[Annotated[int, Field(ge=0)]] | None = None
+    """CPUs the stub may use, e.g. `[0]`; all when omitted."""
+    precise: bool = True
+    """Spin for the last 0.2 ms before a departure: exact to some microseconds, costs CPU. Else rely on the kernel's timer."""
+
+
+class RunningStub:
+    """A stub that answers."""
+
+    def __init__(self, process: ServerProcess, url: str, model: str, options: StubOptions) -> None:
+        self._process = process
+        self._url = url
+        self._model = model
+        self._options = options
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """``{"http": base URL}``."""
+        return {"http": self._url}
+
+    @property
+    def log_path(self) -> Path:
+        """What the stub wrote; nothing but its address, if all is well."""
+        return self._process.log_path
+
+    def describe(self) -> dict[str, Any]:
+        """Name, version, command, process id, model, and the queue in words and as options."""
+        options = self._options
+        limit = "no limit" if options.queue_limit is None else f"at most {options.queue_limit} waiting"
+        return {
+            "name": StubLauncher.name,
+            "version": version("servebench"),
+            "command": list(self._process.argv),
+            "pid": self._process.pid,
+            "model": self._model,
+            "service": f"{options.service}; one server, first come first served, {limit}",
+            "config": options.model_dump(mode="json", exclude_none=True),
+        }
+
+    def config_files(self) -> list[Path]:
+        """None: the command line holds the whole configuration, and `describe` repeats it."""
+        return []
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.exit_code()
+
+    def stop(self) -> None:
+        """End it; idempotent."""
+        self._process.stop(grace_s=2.0)
+
+
+class StubLauncher:
+    """Starts the stub, hosting a model of any name."""
+
+    name: ClassVar[str] = "stub"
+    Options: type[BaseModel] = StubOptions
+
+    def launch(self, model: str, options: StubOptions, work_dir: Path) -> RunningServer:
+        """Start it and wait until it listens. Raises `LaunchError`, e.g. when the port is taken."""
+        config = options.model_dump_json(exclude_none=True)
+        argv = [sys.executable, "-m", "servebench_servers.stub_server", "--model", model, "--config", config]
+        process = ServerProcess(self.name, argv, work_dir / "stub.log", cpus=options.cpus)
+        process.wait_ready(lambda: _LISTENING.search(process.log_tail()) is not None, _READY_DEADLINE_S)
+        listening = _LISTENING.search(process.log_tail())
+        assert listening is not None
+        return RunningStub(process, listening[1], model, options)
+
+
+_: Launcher = StubLauncher()
