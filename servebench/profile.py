@@ -98,7 +98,7 @@ class Samples(_Section):
     performance_sample_count: int | None = Field(default=None, ge=1)
     """How many samples of the library to use (LoadGen's performance sample count); all when omitted."""
     sample_set_seed: Seed = 2085463073848966840
-    """LoadGen's `qsl_rng_seed`: which samples are used. The default is MLPerf Inference v6.1's."""
+    """LoadGen's `qsl_rng_seed`: the order in which the samples are loaded. The default is MLPerf Inference v6.1's."""
     sample_order_seed: Seed = 2747215439041700203
     """LoadGen's `sample_index_rng_seed`: their order. The default is MLPerf Inference v6.1's."""
 

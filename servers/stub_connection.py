@@ -91,7 +91,7 @@ class Connection(asyncio.Protocol):
             self._parser = None
             refused.send(error_reply(400, f"not an HTTP/1.1 request: {error}").data)
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+    def connection_lost(self, exc: Exception | None) -> None:
         """Replies that are still owed are dropped."""
         self._transport = None
         self._parser = None  # parser and connection refer to each other, and garbage collection is off

@@ -83,8 +83,11 @@ class TritonServer:
 
     def stop(self) -> None:
         """End Triton and its instances (Triton takes 2 s, and 1 s per instance), delete its shared memory; idempotent."""
+        grace_s = _STOP_GRACE_S + _STOP_GRACE_PER_INSTANCE_S * self._config.instance_count
+        if self.exit_code() is not None:
+            grace_s = 0.0  # instances that outlive Triton hear no signal but SIGKILL
         try:
-            self._process.stop(_STOP_GRACE_S + _STOP_GRACE_PER_INSTANCE_S * self._config.instance_count)
+            self._process.stop(grace_s)
         finally:
             for region in SHM_DIR.glob(f"{self._shm_prefix}*"):
                 region.unlink(missing_ok=True)
@@ -107,8 +110,10 @@ class TritonServer:
         try:
             self._process.wait_ready(lambda: self._says_ready("/v2/health/ready") and self._says_ready(model_ready), deadline_s)
         except LaunchError as error:
+            # The process quotes the log's last line; Triton's last *error* says more.
+            happened = str(error).partition(": ")[0]
             cause = failure_cause(self.log_path.read_text(encoding="utf-8", errors="replace"))
-            raise LaunchError(f"{error}: {cause}" if cause else str(error), log_tail=error.log_tail) from None
+            raise LaunchError(f"{happened}: {cause}" if cause else str(error), log_tail=error.log_tail) from None
 
     def _check_config(self) -> None:
         differences = self._config.differences(self._get_json(f"/v2/models/{self._config.name}/config"))
@@ -159,7 +164,7 @@ def failure_cause(log: str) -> str:
     causes = [text for text in errors if "CudaDriverHelper" not in text]
     if not causes:  # not Triton speaking: the dynamic loader, a shell
         causes = [line.strip() for line in log.splitlines() if line.strip() and not re.match(r"[A-Z]\d{4} |[|+]", line)]
-    return causes[-1].split("\\n")[0] if causes else ""
+    return causes[-1].split("\\n")[0].strip() if causes else ""
 
 
 if TYPE_CHECKING:

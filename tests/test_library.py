@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from tritonclient.utils import serialize_byte_tensor
 
@@ -148,6 +151,7 @@ def test_random_integers_are_uniform_in_their_range(datatype: str, low: int, cou
     assert values.dtype == DATATYPES[datatype]
     found = np.bincount(values.astype(np.int64) - low, minlength=count)
     assert len(found) == count
+    assert found.min() > 0
     assert stats.chisquare(found).pvalue > 1e-4
 
 
@@ -301,6 +305,40 @@ def test_corrupt_npz_member_is_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ProfileError, match="not a readable npz file"):
         build([X], source="npz", path=path)
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    np.savez(folder / "samples.npz", x=FLOATS[:2])
+    np.savez_compressed(folder / "compressed.npz", x=FLOATS[:2])
+    np.save(folder / "x.npy", FLOATS[:2])
+    steps = [{"x": {"content": [0.5] * 6, "shape": [2, 3]}}, {"x": {"b64": b64(bytes(24))}}]
+    (folder / "input.json").write_text(json.dumps({"data": [steps]}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("npz", "samples.npz"), ("npz", "compressed.npz"), ("npy", "x.npy"), ("perf-analyzer", "input.json")],
+)
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_files_are_read_or_refused(source: str, name: str, whole_files: Path, data: st.DataObject) -> None:
+    content = bytearray((whole_files / name).read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    del content[data.draw(st.none() | st.integers(0, len(content))) :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        try:
+            library = build([X], source=source, path=path.parent if source == "npy" else path)
+        except ProfileError as error:
+            assert "\n" not in str(error)
+            assert str(error).startswith(folder)
+        else:
+            assert [library.arrays(index)["x"].shape for index in range(len(library))] == [(1, 2, 3)] * library.rows
 
 
 def test_unreadable_npy_is_refused(tmp_path: Path) -> None:

@@ -297,6 +297,14 @@ def test_schedules_too_large_are_refused_before_they_are_made(load: dict[str, fl
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("arrivals", ARRIVALS)
+def test_months_fit(arrivals: str) -> None:
+    plan = _plan(arrivals=arrivals, target_qps=1e-6, min_query_count=7)  # about 81 days of the 104
+    assert plan.planned == 7
+    assert np.all(np.diff(plan.offsets_ns) > 0)
+    assert plan.generated_duration_ns == pytest.approx(7e15, rel=0.9)
+
+
 def test_padding_counts_towards_the_size() -> None:
     with pytest.raises(
         ProfileError, match=r"load\.target_qps: about 1,000,000 arrivals at 0\.0001 per second take 115,741 days"

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import tritonclient.http as triton
 from servebench_servers.stub import StubLauncher, StubOptions
+from servebench_servers.stub_faults import Faults
 from servebench_servers.stub_queue import Service, service_times_ns, simulate
 from tritonclient.utils import InferenceServerException
 
@@ -435,8 +436,9 @@ def test_fault_status(start, connect):
 
 def test_fault_reset(start, connect):
     client = connect(start(service=NOTHING, faults={"reset": 1}))
-    with pytest.raises(ConnectionResetError):
-        client.ask(infer_request())
+    client.socket.sendall(infer_request())
+    with pytest.raises(ConnectionResetError):  # an orderly end would read as b""
+        client.socket.recv(1)
 
 
 def test_fault_truncated(start, connect):
@@ -520,6 +522,11 @@ def test_the_launcher_is_installed_under_its_name(tmp_path):
         assert server.log_path.read_text() == f"listening on {server.urls['http']}\n"
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("model", [StubOptions, Service, Faults])
+def test_every_option_is_documented(model):
+    assert [name for name, field in model.model_fields.items() if not field.description] == []
 
 
 def test_stop_leaves_nothing(start, connect):

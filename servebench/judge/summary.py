@@ -12,8 +12,7 @@ Who is counted where:
   gives the lower bound that is known.
 - Rates count OK queries only and enclose n - 1 gaps, as LoadGen's; see `completed_window_ns`.
 
-Arrays are sorted in place and nothing is kept per query but int64s: about 100 bytes a query
-at the peak.
+Arrays are sorted in place; what is kept of a query is its three latencies.
 """
 
 from __future__ import annotations

@@ -37,7 +37,11 @@ def exit_code(verdict: str) -> int:
 
 
 def judge(run: RunData) -> dict[str, Any]:
-    """The ``run.json`` document of a run: JSON-able, described by ``run.schema.json``, a pure function of its argument."""
+    """The ``run.json`` document of a run: JSON-able, described by ``run.schema.json``, a pure function of its argument.
+
+    Takes some 50 bytes a query beside the run's own columns: half a second and 50 MB for a
+    million queries.
+    """
     facts, profile, schedule = run.facts, run.section("profile"), run.section("schedule")
     constraints = tuple(parse_constraint(text) for text in profile.get("constraints") or [])
     headline = headline_constraint(constraints)

@@ -104,7 +104,8 @@ def build_library(
     else:
         expected = [row_spec(spec, batched=batched) for spec in outputs]
         steps, golden = _read_perf_analyzer(samples.path, declared, samples.shapes, expected)
-        _require_equal_shapes(samples.path, steps | (golden or {}), batch_size)
+        for tensors in (steps, golden or {}):
+            _require_equal_shapes(samples.path, tensors, batch_size)
         rows = steps
     return SampleLibrary(len(next(iter(rows.values()))), batch_size, rows, golden)
 

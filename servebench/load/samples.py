@@ -1,11 +1,11 @@
 """Which sample each query carries: LoadGen's choice and order of samples, bit for bit.
 
-LoadGen loads the library's first performance-sample-count samples, shuffled with one seed
-(the performance set; since 6.0 it shuffles after cutting the library, before that it cut
-the shuffled library). A second generator, from another seed, then gives in this order: the
-shuffle that issues each sample once, one further shuffle per pass for equal issue, and one
-uniform draw per query for the default order, with replacement. An order uses its own part,
-but what comes before it is always drawn.
+LoadGen loads the library's first performance-sample-count samples, shuffled with one seed:
+the performance set (LoadGen 5 shuffled the whole library and then cut it). A second
+generator, from another seed, then gives in this order: the shuffle that issues each sample
+once, one further shuffle per pass for equal issue, and one uniform draw per query for the
+default order, with replacement. An order uses its own part, but what comes before it is
+always drawn.
 
 The C++ standard leaves the algorithms open; these are those of LoadGen's Linux builds
 (libstdc++ of GCC 11 and later). `std::uniform_int_distribution` over ``bound`` values is

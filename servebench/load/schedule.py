@@ -30,7 +30,7 @@ import numpy.typing as npt
 Arrivals = Literal["mlperf", "poisson", "constant"]
 Int64Array = npt.NDArray[np.int64]
 
-_BLOCK = 1 << 16  # arrivals made at a time: 512 KiB a temporary, inside a core's cache
+_BLOCK = 1 << 16  # most arrivals made at a time: 512 KiB a temporary, inside a core's cache
 _NS_PER_S = 1e9
 _LARGEST_CANONICAL = math.nextafter(1.0, 0.0)  # generate_canonical returns this where the quotient rounds to 1
 
@@ -119,22 +119,24 @@ def draw_words(generator: np.random.RandomState, count: int) -> npt.NDArray[np.u
 
 
 def _offset_blocks(arrivals: Arrivals, target_qps: float, seed: int) -> Iterator[Int64Array]:
-    """Consecutive arrival offsets without end, `_BLOCK` at a time, from 0."""
+    """Consecutive arrival offsets without end, from 0, in blocks."""
+    # At very low rates a full block would overflow int64: 1e8 s, about three years, is 1 % of its range.
+    size = max(1, min(_BLOCK, int(target_qps * 1e8)))
     if arrivals == "constant":
-        yield from _constant_offset_blocks(target_qps)
+        yield from _constant_offset_blocks(target_qps, size)
     gap_blocks = _mlperf_gap_blocks if arrivals == "mlperf" else _poisson_gap_blocks
     start_ns = 0
-    for gaps_ns in gap_blocks(target_qps, seed):
+    for gaps_ns in gap_blocks(target_qps, seed, size):
         ends_ns = np.cumsum(gaps_ns)
         ends_ns += start_ns
         yield np.concatenate(([start_ns], ends_ns[:-1]))
         start_ns = int(ends_ns[-1])
 
 
-def _mlperf_gap_blocks(target_qps: float, seed: int) -> Iterator[Int64Array]:
+def _mlperf_gap_blocks(target_qps: float, seed: int, size: int) -> Iterator[Int64Array]:
     generator = std_mt19937(seed)
     while True:
-        words = draw_words(generator, 2 * _BLOCK)
+        words = draw_words(generator, 2 * size)
         # A pair of words, the first low, read as one integer and rounded to a double is g0 + g1 * 2^32 in doubles.
         canonical = words.astype("<u4", copy=False).view("<u8").astype(np.float64) * 2.0**-64
         survival = 1.0 - np.minimum(canonical, _LARGEST_CANONICAL)
@@ -146,15 +148,15 @@ def _mlperf_gap_blocks(target_qps: float, seed: int) -> Iterator[Int64Array]:
         yield gaps.astype(np.int64)
 
 
-def _poisson_gap_blocks(target_qps: float, seed: int) -> Iterator[Int64Array]:
+def _poisson_gap_blocks(target_qps: float, seed: int, size: int) -> Iterator[Int64Array]:
     generator = np.random.Generator(np.random.PCG64(seed))
     while True:
-        yield np.rint(generator.standard_exponential(_BLOCK) / target_qps * _NS_PER_S).astype(np.int64)
+        yield np.rint(generator.standard_exponential(size) / target_qps * _NS_PER_S).astype(np.int64)
 
 
-def _constant_offset_blocks(target_qps: float) -> Iterator[Int64Array]:
+def _constant_offset_blocks(target_qps: float, size: int) -> Iterator[Int64Array]:
     """Every offset from its own index, so that no rounding error is carried along."""
     start = 0
     while True:
-        yield np.rint(np.arange(start, start + _BLOCK) * _NS_PER_S / target_qps).astype(np.int64)
-        start += _BLOCK
+        yield np.rint(np.arange(start, start + size) * _NS_PER_S / target_qps).astype(np.int64)
+        start += size

@@ -1,48 +1,320 @@
 """A judged run as a page of text that a person reads in ten seconds: verdict, why, latencies, books, trust.
 
-The input is ``run.json`` (schema ``servebench.run/1``). Keys that are missing leave their
-line out, so runs of other versions still print. Every string is printed literally: a
+The input is ``run.json`` (schema ``servebench.run/1``). A part that is missing leaves its
+lines out, so runs of other versions still print. Every string is printed literally: a
 server's error text can neither be markup nor reach the terminal as control codes.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import shlex
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-_LABEL_WIDTH = 10
-_PERCENTILES = ("50", "90", "95", "97", "99", "99.9", "99.99")
+from rich.console import Console
+from rich.text import Text
+
+from servebench.judge.wording import say_percentile, say_share
+
+_STYLES = {
+    "PASS": "green",
+    "FAIL": "red",
+    "INCONCLUSIVE": "yellow",
+    "INVALID": "magenta",
+    "VALID": "green",
+    "DEGRADED": "yellow",
+}
+_MARKS = {"PASS": "✓", "FAIL": "✗", "INCONCLUSIVE": "?", "INVALID": "✗", "DEGRADED": "!"}
+_ASCII_MARKS = {**_MARKS, "PASS": "+", "FAIL": "x", "INVALID": "x"}
 _SERIES = (("response_time", "response"), ("service_time", "service"), ("issue_delay", "issue delay"))
-_VERDICT_STYLES = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow", "INVALID": "magenta"}
-_TRUST_STYLES = {"VALID": "green", "DEGRADED": "yellow", "INVALID": "magenta"}
-_MARKS = {"PASS": "✓", "FAIL": "✗", "INCONCLUSIVE": "?"}
-_ASCII_MARKS = {"PASS": "+", "FAIL": "x", "INCONCLUSIVE": "?"}
-_ERROR_KINDS_SHOWN = 5
-#: A gap between response and service time below this share of either the response time or the bound changes no decision.
+_LABEL_WIDTH = 10
+_COLUMN_WIDTH = 13
+_MAX_TEXT_WIDTH = 110  #: longer lines are hard to read, however wide the terminal
+_ERRORS_SHOWN = 5
+_DETAIL_CHARACTERS = 300
+#: Response time that is not service time matters from this share of the response time on, unless it is tiny against the bound.
 _GAP_SHARE_OF_RESPONSE = 0.1
 _GAP_SHARE_OF_BOUND = 0.01
 
 
-def format_duration(value_ns: float, *, digits: int = 3) -> str:
-    """``6_114_000`` -> ``"6.11 ms"``: us, ms or s, with ``digits`` significant digits (whole seconds keep all theirs)."""
+def format_duration(value_ns: float) -> str:
+    """``6_100_000`` -> ``"6.10 ms"``: us, ms or s, three significant digits, zeros kept so that columns line up."""
     for unit, scale_ns in (("us", 1e3), ("ms", 1e6)):
-        text = _significant(value_ns / scale_ns, digits)
+        text = _significant(value_ns / scale_ns, 3)
         if abs(float(text)) < 1_000:
             return f"{text} {unit}"
-    return f"{_significant(value_ns / 1e9, digits)} s"
+    return f"{_significant(value_ns / 1e9, 3)} s"
 
 
 def format_rate(per_second: float) -> str:
-    """Queries per second with 4 significant digits or all whole ones: ``200/s``, ``198.7/s``, ``12346/s``."""
+    """Queries per second, four significant digits or all whole ones: ``200/s``, ``198.7/s``, ``12346/s``."""
+    return f"{_number(per_second)}/s"
+
+
+def render(run: Mapping[str, Any], *, console: Console, directory: Path | None = None) -> None:
+    """Print a ``run.json`` document. ``directory`` is where it lies, for the hints at the end."""
+    page = _Page(console)
+    page.headline(run.get("verdict") or "INVALID", _promise(run))
+    page.line()
+    if run.get("verdict") == "INVALID":
+        _print_trust_reasons(page, run)
+        page.line()
+        page.line("What was measured, not to be relied on:")
+    _print_constraints(page, run)
+    _print_latencies(page, run)
+    page.line()
+    _print_books(page, run)
+    _print_errors(page, run)
+    _print_rates(page, run)
+    _print_checks(page, run)
+    _print_trust(page, run)
+    if directory is not None:
+        page.literal("Run", f"{directory}")
+        page.literal("Next", f"servebench report {shlex.quote(str(directory))}")
+
+
+class _Page:
+    """Prints lines no longer than the console is wide, broken between words and never between a number and its unit."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._width = max(40, min(console.width, _MAX_TEXT_WIDTH))
+        self._marks = _ASCII_MARKS if console.options.ascii_only else _MARKS
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """One line as it is."""
+        self._print(Text(self._printable(text), style))
+
+    def headline(self, verdict: str, text: str) -> None:
+        """The verdict, and the promise in words."""
+        first, *rest = self._wrapped(text, len(verdict) + 2)
+        self._print(Text.assemble((verdict, f"bold reverse {_STYLES.get(verdict, '')}"), "  ", (first, "bold")))
+        for line in rest:
+            self._print(Text(" " * (len(verdict) + 2) + line, "bold"))
+
+    def item(self, label: str, text: str, *, style: str = "", indent: int = _LABEL_WIDTH) -> None:
+        """A label and its text, continued under itself."""
+        first, *rest = self._wrapped(text, indent)
+        self._print(Text.assemble((f"{label:<{indent}}", style or "bold"), first))
+        for line in rest:
+            self._print(Text(" " * indent + line))
+
+    def marked(self, result: str, text: str) -> None:
+        """A finding behind its coloured mark."""
+        self.item(f" {self._marks.get(result, '?')} ", text, style=f"bold {_STYLES.get(result, '')}", indent=3)
+
+    def literal(self, label: str, text: str) -> None:
+        """A label and something to copy: never broken, however long."""
+        self._print(Text.assemble((f"{label:<{_LABEL_WIDTH}}", "bold"), self._printable(text)))
+
+    def _wrapped(self, text: str, indent: int) -> list[str]:
+        glued = re.sub(r"(?<=\d) (?=(?:[num]?s|queries)\b|%)", "\N{NO-BREAK SPACE}", self._printable(text))
+        lines = textwrap.wrap(glued, self._width - indent, break_on_hyphens=False) or [""]
+        return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+    def _printable(self, text: str) -> str:
+        """Control characters and what the console cannot encode, as escapes."""
+        text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+        return text.encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
+
+    def _print(self, text: Text) -> None:
+        text.rstrip()
+        self._console.print(text, soft_wrap=True)
+
+
+def _promise(run: Mapping[str, Any]) -> str:
+    """The sentence after the verdict: the constraint that decided it, the rate, what was measured."""
+    verdict, trust = run.get("verdict"), run.get("trust") or {}
+    headline = (run.get("early_stopping") or {}).get("constraint")
+    deciding = [item for item in run.get("constraints") or [] if verdict in ("INVALID", item.get("result"))]
+    deciding.sort(key=lambda item: item.get("text") != headline)  # stable: the headline first, then the profile's order
+    if not deciding:
+        return "no constraint was judged"
+    first = deciding[0]
+    target_qps = (run.get("rates") or {}).get("target_qps")
+    text = f"{first.get('text')}{f' at {_number(target_qps)} queries/s' if target_qps else ''}"
+    if verdict == "INVALID":
+        return f"{text}: unknown, the run cannot be trusted"
+    text += f": measured {_measured(first)}"
+    if verdict == "FAIL" and len(deciding) > 1:
+        text += f", and {len(deciding) - 1} more broken"
+    if verdict == "INCONCLUSIVE":
+        needed = max(item.get("needed_queries") or 0 for item in deciding)
+        text += f", but needs at least {needed} more queries"
+    if trust.get("verdict") == "DEGRADED":
+        text += " (trust is DEGRADED, see below)"
+    return text
+
+
+def _print_constraints(page: _Page, run: Mapping[str, Any]) -> None:
+    for item in run.get("constraints") or []:
+        result = item.get("result") or ""
+        reason = item.get("reason") or f"{item.get('text')}: measured {_measured(item)}"
+        page.marked(result, reason)
+
+
+def _print_latencies(page: _Page, run: Mapping[str, Any]) -> None:
+    blocks = [(run.get(key) or {}, name) for key, name in _SERIES]
+    if not any(block.get("count") for block, _ in blocks):
+        return
+    percentiles = sorted({key for block, _ in blocks for key in block.get("percentiles") or {}}, key=float)
+    stopping = run.get("early_stopping") or {}
+    headline = say_percentile(stopping["percentile"]) if stopping.get("percentile") is not None else None
+    page.line()
+    page.line(" " * _LABEL_WIDTH + "".join(f"{name:>{_COLUMN_WIDTH}}" for _, name in blocks), "bold")
+    for key in percentiles:
+        cells = "".join(f"{_percentile_cell(block, key):>{_COLUMN_WIDTH}}" for block, _ in blocks)
+        page.line(f"  {f'p{key}':<{_LABEL_WIDTH - 2}}{cells}", "bold" if key == headline else "")
+    for name in ("max", "mean"):
+        cells = "".join(f"{_cell(block.get(f'{name}_ns')):>{_COLUMN_WIDTH}}" for block, _ in blocks)
+        page.line(f"  {name:<{_LABEL_WIDTH - 2}}{cells}")
+    response = blocks[0][0]
+    if response.get("infinite"):
+        page.item(
+            "",
+            f"{response['infinite']} of {response['count']} queries have no latency and count as over every bound; "
+            "max and mean are of the others.",
+            indent=2,
+        )
+    if gap := _gap(run, headline or "99", stopping.get("latency_bound_ns")):
+        page.item("", gap, indent=2)
+
+
+def _gap(run: Mapping[str, Any], percentile: str, bound_ns: int | None) -> str | None:
+    """What keeps service time below response time, where that matters."""
+    response, service = (
+        ((run.get(key) or {}).get("percentiles") or {}).get(percentile) for key in ("response_time", "service_time")
+    )
+    if response is None or service is None:
+        return None
+    gap_ns = response - service
+    if gap_ns <= _GAP_SHARE_OF_RESPONSE * response or gap_ns <= _GAP_SHARE_OF_BOUND * (bound_ns or 0):
+        return None
+    longest = (run.get("issue_delay") or {}).get("max_ns")
+    waited = f"waited up to {format_duration(longest)}" if longest else "waited"
+    return (
+        f"At p{percentile} service is {format_duration(gap_ns)} smaller than response: queries {waited} in the client "
+        "before they were sent. Users would feel that wait, so response is judged."
+    )
+
+
+def _print_books(page: _Page, run: Mapping[str, Any]) -> None:
+    counts = run.get("counts")
+    if not counts:
+        return
+    page.item("Queries", _equation(counts, "planned", ("issued", "shed")))
+    page.item("", _equation(counts, "issued", ("ok", "error", "timeout", "unfinished")))
+
+
+def _equation(counts: Mapping[str, Any], total: str, parts: Iterable[str]) -> str:
+    values = {name: counts.get(name) or 0 for name in (total, *parts)}
+    sign = "=" if values[total] == sum(values[name] for name in parts) else "IS NOT"
+    return f"{total} {values[total]} {sign} " + " + ".join(f"{name} {values[name]}" for name in parts)
+
+
+def _print_errors(page: _Page, run: Mapping[str, Any]) -> None:
+    errors = run.get("errors") or []
+    for number, error in enumerate(errors[:_ERRORS_SHOWN]):
+        detail = " ".join(str(error.get("detail") or "").split())
+        if len(detail) > _DETAIL_CHARACTERS:
+            detail = detail[:_DETAIL_CHARACTERS] + " ..."
+        example = f" (e.g. query {error['example']})" if error.get("example") is not None else ""
+        text = f"{error.get('count')} x {error.get('kind')}{': ' if detail else ''}{detail}{example}"
+        page.item("" if number else "Errors", text, style="bold red")
+    if len(errors) > _ERRORS_SHOWN:
+        page.item("", f"and {len(errors) - _ERRORS_SHOWN} more kinds, see run.json")
+
+
+def _print_rates(page: _Page, run: Mapping[str, Any]) -> None:
+    rates = run.get("rates") or {}
+    names = ("target", "scheduled", "issued", "completed", "goodput")
+    parts = [f"{name} {_number(rates[f'{name}_qps'])}" for name in names if rates.get(f"{name}_qps") is not None]
+    if parts:
+        page.item("Rates/s", ", ".join(parts))
+
+
+def _print_checks(page: _Page, run: Mapping[str, Any]) -> None:
+    check = run.get("output_check") or {}
+    if "checked" in check:
+        golden = " against golden outputs" if check.get("golden") else ""
+        page.item("Replies", f"{check['checked']} checked{golden}, {check.get('wrong') or 0} wrong")
+    validity, stopping = run.get("loadgen_validity"), run.get("early_stopping") or {}
+    if validity is not None:
+        unmet = [name.removesuffix("_met").replace("_", " ") for name, met in validity.items() if name != "valid" and not met]
+        text = f"LoadGen would say {'INVALID: ' if unmet else 'VALID'}{', '.join(unmet)}"
+        if stopping.get("estimate_ns") is not None:
+            percentile, confidence = say_percentile(stopping["percentile"]), say_share(stopping.get("confidence") or 0)
+            text += f"; p{percentile} <= {format_duration(stopping['estimate_ns'])} with {confidence} confidence"
+        page.item("MLPerf", text)
+
+
+def _print_trust(page: _Page, run: Mapping[str, Any]) -> None:
+    trust, schedule = run.get("trust") or {}, run.get("schedule") or {}
+    if trust.get("verdict"):
+        page.item("Trust", trust["verdict"])
+    if run.get("verdict") != "INVALID":  # else they stand at the top
+        _print_trust_reasons(page, run)
+    if schedule.get("checks"):
+        page.item("Arrivals", _arrivals(schedule.get("arrivals") or "", schedule["checks"]))
+
+
+def _print_trust_reasons(page: _Page, run: Mapping[str, Any]) -> None:
+    for reason in (run.get("trust") or {}).get("reasons") or []:
+        remedy = f"; {reason['remedy']}" if reason.get("remedy") else ""
+        page.marked(reason.get("severity") or "", f"{reason.get('code')}: {reason.get('text')}{remedy}.")
+
+
+def _arrivals(claimed: str, checks: Mapping[str, Any]) -> str:
+    """The arrival tests in one line: two p-values, then what is 1 for Poisson (IDC: index of dispersion, by window size)."""
+    if checks.get("result") == "too_few":
+        return f"{claimed} untested: {checks.get('gaps')} gaps are too few"
+    numbers = [("KS p", checks.get("ks_p_value")), ("serial p", checks.get("serial_p_value")), ("CV2", checks.get("cv2"))]
+    parts = [f"{name} {value:.2f}" for name, value in numbers if value is not None]
+    if checks.get("dispersion"):
+        parts.append("IDC " + " ".join(f"{item['index']:.2f}" for item in checks["dispersion"]))
+    return f"{claimed} {'ok' if checks.get('result') == 'ok' else 'WRONG'}: {', '.join(parts)}"
+
+
+def _measured(item: Mapping[str, Any]) -> str:
+    """A constraint's measured value in its unit, with as many digits as it takes to tell it from the bound."""
+    measured, above, unit = item.get("measured"), item.get("measured_above"), item.get("unit")
+    if measured is None:
+        return f"over {format_duration(above)}, by failed queries" if above else "nothing"
+    if unit == "share":
+        return say_share(measured)
+    if unit == "qps":
+        return format_rate(measured)
+    text, bound = format_duration(measured), item.get("bound")
+    if bound is not None and measured != bound and text == format_duration(bound):
+        return f"{measured / 1e6:.6f}".rstrip("0") + " ms"
+    return text
+
+
+def _percentile_cell(block: Mapping[str, Any], key: str) -> str:
+    percentiles = block.get("percentiles") or {}
+    if key not in percentiles or not block.get("count"):
+        return "-"
+    if percentiles[key] is not None:
+        return format_duration(percentiles[key])
+    above_ns = (block.get("above_ns") or {}).get(key)
+    return f"> {format_duration(above_ns)}" if above_ns else "failed"
+
+
+def _cell(value_ns: float | None) -> str:
+    return "-" if value_ns is None else format_duration(value_ns)
+
+
+def _number(per_second: float) -> str:
     text = _significant(per_second, 4)
-    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}/s"
-
-
-def format_share(share: float) -> str:
-    """A fraction 0-1 as a percentage, to a millionth: ``0.1%``, ``99.9876%``."""
-    return f"{share * 100:.4f}".rstrip("0").rstrip(".") + "%"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _significant(value: float, digits: int) -> str:
+    """Fixed-point with that many significant digits, or with all whole ones."""
     rounded = float(f"{value:.{digits}g}")
     whole_digits = math.floor(math.log10(abs(rounded))) + 1 if rounded else digits
     if whole_digits >= digits:
