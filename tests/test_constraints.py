@@ -12,7 +12,6 @@ from servebench.judge.summary import summarize
 from servebench.record.outcome import Outcome
 from servebench.record.rundata import RunData
 
-
 _WORDS = {"PASS": "holds", "FAIL": "fails", "INCONCLUSIVE": "is undecided"}
 
 
@@ -115,6 +114,7 @@ def test_an_infinite_percentile_says_what_it_exceeds() -> None:
     assert judgement.measured is None
     assert judgement.measured_above == 60 * MS
     assert "over 60 ms" in judgement.reason
+    assert "see errors" in judgement.reason
 
 
 def test_needed_seconds_are_at_the_scheduled_rate() -> None:

@@ -111,9 +111,17 @@ def test_only_int64_is_recorded(dtype: type) -> None:
 @pytest.mark.parametrize("count", [1, 2, 10, 93, 1_000, 9_999])
 def test_percentiles_are_the_slot_of_the_nearest_rank(percentile: float, count: int) -> None:
     values = latencies(count)
-    rank = math.ceil(Fraction(str(percentile)) * count / 100)  # exact: floats make 99.9 % of 1000 the 1000th
+    rank = math.ceil(Fraction(str(percentile)) * count / 100)
     exact = int(np.sort(values)[rank - 1])
     assert recorded(values.tolist()).percentile(percentile) == library_histogram().get_highest_equivalent_value(exact)
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.07, 7), (0.14, 14), (0.55, 55)])
+def test_a_percentile_with_a_rounding_error_is_not_the_next_rank(share: float, rank: int) -> None:
+    assert share * 100 > rank  # by one ulp
+    values = [1_000_000 * k for k in range(1, 101)]
+    expected = library_histogram().get_highest_equivalent_value(1_000_000 * rank)
+    assert recorded(values).percentile(share * 100) == expected
 
 
 @pytest.mark.parametrize("percentile", [0, 50, 90, 95, 97, 99, 99.9, 100])

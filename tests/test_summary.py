@@ -185,6 +185,18 @@ def test_failures_never_improve_a_rate() -> None:
             assert rate is None or rate < best
 
 
+def test_a_tail_that_was_shed_does_not_shorten_the_run() -> None:
+    run = with_outcome(constant_run(101), slice(51, 101), Outcome.SHED)
+    assert summarize(run).completed_qps == pytest.approx(50 / 1.0)
+
+
+def test_a_last_query_that_failed_fast_does_not_shorten_the_run() -> None:
+    run = with_outcome(constant_run(101, response_ms=20), [100], Outcome.STATUS)
+    completed_ns = run.completed_ns.copy()
+    completed_ns[100] = run.issued_ns[100] + 1
+    assert summarize(replace(run, completed_ns=completed_ns)).completed_qps == pytest.approx(99 / 1.010)
+
+
 def test_an_interrupted_run_is_rated_over_the_time_it_ran() -> None:
     run = with_facts(with_outcome(constant_run(101), slice(51, 101), Outcome.SHED), {"state": "interrupted"})
     assert summarize(run).completed_qps == pytest.approx(50 / 0.505)

@@ -42,6 +42,8 @@ class _Member:
     async def send(self, command: dict[str, Any]) -> None:
         stdin = self.process.stdin
         assert stdin is not None
+        if stdin.is_closing():
+            return
         with contextlib.suppress(ConnectionError):
             stdin.write(json.dumps(command).encode() + b"\n")
             await stdin.drain()
@@ -134,6 +136,8 @@ class Fleet:
         """Let every worker leave; kill the one that won't."""
         await asyncio.gather(*(member.send({"do": "leave"}) for member in self._members))
         for member in self._members:
+            if member.process.stdin is not None and not member.process.stdin.is_closing():
+                member.process.stdin.close()
             try:
                 await asyncio.wait_for(member.process.wait(), _LEAVE_TIMEOUT_S)
             except TimeoutError:

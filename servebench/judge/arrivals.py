@@ -194,9 +194,8 @@ def shape_distance(planned_ns: Int64s, issued_ns: Int64s) -> float:
     count = len(planned_ns)
     planned: Floats = (planned_ns - planned_ns[0]) / (planned_ns[-1] - planned_ns[0])
     issued: Floats = (issued_ns - issued_ns[0]) / (issued_ns[-1] - issued_ns[0])
-    due = np.searchsorted(planned, issued, side="right")
-    behind = due - np.arange(1, count + 1)
-    ahead = np.arange(count) - np.searchsorted(planned, issued, side="left")
+    behind = np.searchsorted(planned, issued, side="left") - np.arange(count)  # just before each is issued
+    ahead = np.arange(1, count + 1) - np.searchsorted(planned, issued, side="right")  # just after
     return float(max(behind.max(), ahead.max(), 0)) / count
 
 

@@ -107,7 +107,7 @@ def _judge_share(constraint: Constraint, share: _Share, summary: Summary) -> Jud
     broke = "failed" if constraint.kind in ("errors", "completed") else "were over the bound"
     facts = f"{_say(constraint, share.measured, share.above)}; {share.over} of {share.queries} queries {broke}"
     if not share.kept:
-        reason = f"{constraint.text} fails: {facts}; {_remedy(constraint)}."
+        reason = f"{constraint.text} fails: {facts}; {_remedy(constraint, by_failures=share.above is not None)}."
         return _judgement(constraint, share.measured, "FAIL", share.queries, share.over, reason, above=share.above)
     if sampled and not is_enough(share.queries, share.over, share.quantile):
         needed = min_queries(share.over, share.quantile) - share.queries
@@ -190,8 +190,8 @@ def _say(constraint: Constraint, measured: float | None, above: float | None) ->
     return f"measured {say(measured)}"
 
 
-def _remedy(constraint: Constraint) -> str:
-    if constraint.kind in ("errors", "completed"):
+def _remedy(constraint: Constraint, *, by_failures: bool = False) -> str:
+    if by_failures or constraint.kind in ("errors", "completed"):
         return "see errors for what went wrong, or lower load.target_qps"
     if constraint.series == "delay":
         return "the client was late: give it more cores or client.workers"

@@ -1,10 +1,10 @@
 """Rules about sending on time: an open loop that sends late, or less than planned, measures itself.
 
-Every query's issue delay is in its response time, so a late client can only make a server
-look worse than it is. Whether it did is judged against each promise: a promise that 1 % of
-the queries may be over 50 ms is judged wrongly when the client uses up that 1 % itself. The
-arrivals fall into a stalled loop's pauses as often as the replies do, so the share of late
-queries also stands for the replies that were stamped late.
+Every query's issue delay is in its response time, so a late client makes a server look worse
+than it is. Whether that matters is judged against each promise: one that 1 % of the queries
+may be over 50 ms is judged wrongly when the client uses up that 1 % itself. Arrivals fall
+into a stalled loop's pauses as often as replies do, so the share of late queries also stands
+for the replies that were stamped late.
 
 Three parties hold queries back, and each is named: the event loop (no CPU, a pause), the
 cap ``client.max_connections``, and connections being opened on demand, which is in part the
@@ -72,7 +72,7 @@ class Lateness:
         self._cap_waits, self._opening_waits = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         for number, stats in workers.items():
             self._cap_waits[number] = int(stats.get("cap_waits") or 0)
-            self._opening_waits[number] = int(stats.get("connection_waits") or 0) - self._cap_waits[number]
+            self._opening_waits[number] = max(int(stats.get("connection_waits") or 0) - self._cap_waits[number], 0)
 
     @cached_property
     def delay_ns(self) -> npt.NDArray[np.int64]:
@@ -164,16 +164,15 @@ def _late_shares(evidence: Evidence, lateness: Lateness) -> list[Reason]:
 
 
 def _late_against_service(evidence: Evidence, lateness: Lateness) -> list[Reason]:
-    median_ns, issued = evidence.summary.service.percentile(50) or 0, evidence.summary.delay.count
-    late_ns = max(LATE_FLOOR_NS, int(median_ns * LATE_PART_OF_SERVICE))
+    median_ns, issued = evidence.summary.service.percentile(50), evidence.summary.delay.count
+    late_ns = max(LATE_FLOOR_NS, int((median_ns or 0) * LATE_PART_OF_SERVICE))
     blame = lateness.blame(lateness.delay_ns > late_ns)
     late = sum(astuple(blame))
     if late <= ACCIDENTS:
         return []
-    text = (
-        f"{late} of {issued} queries ({say_share(late / issued)}) were issued over {say_time(late_ns)} late; "
-        f"the median service time is {say_time(median_ns)}"
-    )
+    text = f"{late} of {issued} queries ({say_share(late / issued)}) were issued over {say_time(late_ns)} late"
+    if median_ns is not None:
+        text += f", where the median service time is {say_time(median_ns)}"
     return _charge(blame, DEGRADED_LATE_SHARE * issued, "DEGRADED", text, late / issued, DEGRADED_LATE_SHARE)
 
 

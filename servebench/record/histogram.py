@@ -103,8 +103,8 @@ class Histogram:
         """The highest value equivalent to the nearest-rank percentile (0-100), in ns; None while empty.
 
         As HdrHistogram's Java original: the rank is rounded up, after the percentile is
-        lowered by one ulp so that 99.9 % of 1000 values is the 999th and not, by a rounding
-        error, the 1000th.
+        lowered by one ulp, so that ``0.55 * 100`` (55.00000000000001) of 100 values is the
+        55th and not the 56th.
         """
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile {percentile} is not between 0 and 100")

@@ -231,7 +231,7 @@ def _print_errors(page: _Page, run: Mapping[str, Any]) -> None:
 
 def _print_rates(page: _Page, run: Mapping[str, Any]) -> None:
     rates = run.get("rates") or {}
-    names = ("target", "scheduled", "issued", "completed", "goodput")
+    names = ("scheduled", "issued", "completed", "goodput")  # the target is in the headline
     parts = [f"{name} {_number(rates[f'{name}_qps'])}" for name in names if rates.get(f"{name}_qps") is not None]
     if parts:
         page.item("Rates/s", ", ".join(parts))

@@ -1,7 +1,7 @@
 """HdrHistogram's two text files: the interval log (``.hlog``) and the percentile table (``.hgrm``).
 
 Formats are those of the Java original (log format 1.3, ``outputPercentileDistribution``),
-so its HistogramLogProcessor, HistogramLogAnalyzer and plotFiles.html open them. The Python
+so its HistogramLogProcessor and plotFiles.html open them. The Python
 library's own writers are not used: they floor the interval maximum, know no tags, space the
 percentile levels unevenly and print an unscaled deviation.
 
@@ -56,7 +56,7 @@ def interval_histograms(
     the same queries. The due time, not the completion, places a query: it is where its
     response time starts, so the queries that a stall held up stand where the stall began
     instead of piling up at its end, and every series of a run has the same counts.
-    One histogram exists at a time, so a long run costs no memory.
+    One histogram a series exists at a time, so a long run costs no memory.
     """
     if scheduled_ns.shape != values_ns.shape:
         raise ValueError(f"{scheduled_ns.size} scheduled times but {values_ns.size} values")

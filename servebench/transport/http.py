@@ -110,7 +110,7 @@ class Connection(asyncio.Protocol):
         if self.row != _IDLE:
             if self.first_byte_ns:
                 self.fail(Outcome.RESET, "connection reset inside the reply")
-            elif self.used:
+            elif self.used and exc is None:  # closed in good order, with our query on its way
                 self.fail(Outcome.STALE, "the server closed the idle connection as it was reused")
             else:
                 self.fail(Outcome.RESET, f"connection closed before any reply{f': {exc}' if exc else ''}")

@@ -1,0 +1,116 @@
+"""Helpers for tests that run servebench for real, against a stub on another core."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servebench_servers.stub import StubLauncher, StubOptions
+
+from servebench.engine.run import run_profile
+from servebench.launcher import RunningServer
+from servebench.profile import parse_profile
+from servebench.record.columns import Columns, HeaderSlot
+from servebench.record.progress import Snapshot
+from servebench.record.rundata import RunData
+from servebench.record.rundir import read_run
+from servebench.report.rewrite import rewrite_reports
+
+CPUS = sorted(os.sched_getaffinity(0))
+SERVER_CPUS, CLIENT_CPUS = [CPUS[0]], [CPUS[-1]]
+
+
+class Quiet:
+    """An observer that only listens; ``on_progress`` may act."""
+
+    def __init__(self, on_progress: Callable[[Snapshot], None] | None = None) -> None:
+        self.phases: list[str] = []
+        self._on_progress = on_progress
+
+    def phase(self, name: str, *, duration_s: float | None = None) -> None:
+        self.phases.append(name)
+
+    def progress(self, snapshot: Snapshot) -> None:
+        if self._on_progress is not None and self.phases[-1] == "measuring":
+            self._on_progress(snapshot)
+
+
+def profile_data(url: str | None = None, *, constraints: list[str], load: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """A profile's mapping for the stub model, without warm-up unless ``load`` says so."""
+    return {
+        "name": "test",
+        "server": {"url": url} if url else {"launch": "stub"},
+        "endpoint": {"model": "stub"},
+        "load": {"warmup_s": 0, "drain_timeout_s": 3, **load},
+        "client": {"cpus": CLIENT_CPUS, **sections.pop("client", {})},
+        "constraints": constraints,
+        **sections,
+    }
+
+
+def run(data: dict[str, Any], out: Path, observer: Quiet | None = None) -> tuple[dict[str, Any], RunData]:
+    """Run a profile here; its judged document and its records."""
+    run_profile(parse_profile(data, source="test"), out, command=["test"], observer=observer or Quiet())
+    return rewrite_reports(out), read_run(out)
+
+
+@contextlib.contextmanager
+def stub(tmp_path: Path, **options: Any) -> Iterator[RunningServer]:
+    """A running stub, pinned to its own core."""
+    work = tmp_path / "stub"
+    work.mkdir(exist_ok=True)
+    server = StubLauncher().launch("stub", StubOptions.model_validate({"cpus": SERVER_CPUS, **options}), work)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def start_command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """``servebench ARGUMENTS`` as a user would run it, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from servebench.cli import main; main()", *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def command(*arguments: str, cwd: Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run ``servebench ARGUMENTS`` to its end."""
+    process = start_command(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=timeout_s)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def await_issued(directory: Path, queries: int, *, worker: int = 0, deadline_s: float = 30) -> None:
+    """Wait until a run that goes on in another process has issued that many queries; fail after a deadline."""
+    end = time.monotonic() + deadline_s
+    path = directory / f"columns-{worker}.bin"
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, ValueError):
+            if Columns.open(path).header[HeaderSlot.CURSOR] >= queries:
+                return
+        time.sleep(0.01)
+    pytest.fail(f"{directory} issued fewer than {queries} queries in {deadline_s} s")
+
+
+def facts(directory: Path) -> dict[str, Any]:
+    """The facts as they stand on disk."""
+    document: dict[str, Any] = json.loads((directory / "facts.json").read_text())
+    return document
+
+
+def assert_books_balance(document: dict[str, Any]) -> None:
+    """The conservation law, on the reported counts."""
+    counts = document["counts"]
+    assert counts["planned"] == counts["issued"] + counts["shed"], counts
+    assert counts["issued"] == counts["ok"] + counts["error"] + counts["timeout"] + counts["unfinished"], counts

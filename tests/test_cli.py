@@ -1,0 +1,277 @@
+"""The command as a user meets it: help, bad input, previews, and what a run directory holds."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from e2e import command, profile_data, start_command, stub
+from hdrh.histogram import HdrHistogram
+from hdrh.log import HistogramLogReader
+
+import servebench
+from servebench.profile import Profile
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    """A valid profile file, with top-level sections replaced."""
+    data = profile_data(constraints=["p99 <= 50ms"], load={"target_qps": 100, "min_duration_s": 1})
+    path = tmp_path / "profile.yaml"
+    path.write_text(yaml.safe_dump(data | changes))
+    return path
+
+
+def one_line(text: str) -> str:
+    (line,) = text.strip().splitlines()
+    assert line.startswith("servebench: error: ")
+    return line
+
+
+BAD_INPUT = [
+    pytest.param(["--set", "load.qps=5"], "load.qps: unknown key; allowed here: target_qps, arrivals,", id="unknown key"),
+    pytest.param(["--set", "laod.target_qps=5"], "laod: unknown key; allowed here: name,", id="unknown section"),
+    pytest.param(["--set", "constraints=['p99 <= 50']"], "constraints: '50' is not a time; write a number with ns, us", id="no unit"),
+    pytest.param(["--set", "constraints=['p99 <= 50min']"], "unit 'min' is not a time", id="wrong unit"),
+    pytest.param(["--set", "constraints=['p120 <= 5ms']"], "percentile 120 is not between 0 and 100", id="percentile 120"),
+    pytest.param(["--set", "constraints=['p99 >= 5ms']"], "points the wrong way; allowed here: < and <=", id="wrong direction"),
+    pytest.param(["--set", "constraints=['errors < 5']"], "'5' is not a share; write a percentage", id="no percent sign"),
+    pytest.param(["--set", "constraints=['p99 of 5']"], "is not a constraint; write for example: p99 <= 50ms", id="not a constraint"),
+    pytest.param(["--set", "constraints=[]"], "constraints: list should have at least 1 item", id="no constraint"),
+    pytest.param(["--set", "load.target_qps=-1"], "load.target_qps: input should be greater than 0, found -1", id="negative rate"),
+    pytest.param(["--set", "load.target_qps=fast"], "load.target_qps: input should be a valid number", id="rate is a word"),
+    pytest.param(["--set", "load.target_qps"], "write key.path=value", id="set without value"),
+    pytest.param(["--set", "load.target_qps.x=1"], "'target_qps' holds a value, not a section", id="set below a value"),
+    pytest.param(["--set", "server.launch=vllm"], "no launcher called 'vllm'; installed: stub, triton", id="unknown launcher"),
+    pytest.param(["--set", "server.options.prot=1"], "server.options.prot: unknown key; allowed here: service,", id="unknown option"),
+    pytest.param(["--set", "server.url=http://127.0.0.1:1"], "exactly one of launch", id="launch and url"),
+    pytest.param(["--set", "samples.source=npz"], "source 'npz' needs a path", id="source without path"),
+    pytest.param(
+        ["--set", "samples={source: npz, path: nowhere.npz}"], "nowhere.npz: no such file or directory", id="missing sample file"
+    ),
+    pytest.param(["--set", "endpoint.bearer_token_env=SB_NO_SUCH"], "SB_NO_SUCH is not set", id="token variable unset"),
+    pytest.param(["--set", "client.cpus=[4096]"], "client.cpus: [4096] are not among the CPUs allowed", id="no such CPU"),
+    pytest.param(["--set", "load.min_query_count=99999999999"], "load.min_query_count: input should be less", id="too many"),
+    pytest.param(["--out", "taken"], "taken: is not empty; choose another directory", id="run directory exists"),
+    pytest.param(["--out", "/proc/nowhere"], "/proc/nowhere: cannot be used for the run directory", id="unwritable"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_nothing_starts(tmp_path: Path, arguments: list[str], message: str) -> None:
+    path = written(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "run.json").write_text("precious")
+    done = command("run", str(path), *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in one_line(done.stderr)
+    assert done.stdout == ""
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["profile.yaml", "taken"], "nothing was left behind"
+    assert (tmp_path / "taken" / "run.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("name: [", "not YAML", id="broken YAML"),
+        pytest.param("- a\n- b\n", "a profile is a mapping of keys, found list", id="a list"),
+        pytest.param("name: x\nserver: {launch: stub}\n", "endpoint: required, but missing (and 2 more)", id="sections missing"),
+        pytest.param("name: a/b\n", "name: ", id="name with a slash"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    done = command("run", "broken.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    line = one_line(done.stderr)
+    assert line.startswith("servebench: error: broken.yaml: ")
+    assert message in line
+
+
+def test_an_unknown_profile_lists_the_bundled_ones(tmp_path: Path) -> None:
+    done = command("run", "digits", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "digits: no such file, and no bundled profile of that name; bundled: digits-triton-http, stub" in one_line(done.stderr)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with stub(tmp_path) as server:
+        path = written(tmp_path, server={"url": server.urls["http"]}, endpoint={"model": "no/such"})
+        done = command("run", str(path), "--out", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"endpoint.model: 'no/such' is not on the server at {server.urls['http']} (HTTP 404: " in one_line(
+        "\n".join(line for line in done.stderr.splitlines() if "error" in line)
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_nobody_at_the_url(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path = written(tmp_path, server={"url": f"http://127.0.0.1:{port}"})
+    done = command("run", str(path), cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"http://127.0.0.1:{port}: cannot be reached" in done.stderr
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_port_in_use_is_a_launch_error_with_the_servers_words(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        path = written(tmp_path, server={"launch": "stub", "options": {"port": port}})
+        done = command("run", str(path), "--out", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert str(port) in done.stderr
+    assert "in use" in done.stderr
+
+
+def test_a_run_leaves_every_file_and_report_recomputes_them(tmp_path: Path) -> None:
+    path = written(tmp_path, endpoint={"model": "stub", "headers": {"X-Secret": "hush-hush"}})
+    done = command("run", str(path), "--out", "run", "--set", "load.min_query_count=700", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "run"
+    names = {"profile.yaml", "run.json", "queries.parquet", "latency.hlog", "latency.hgrm", "environment.json", "facts.json"}
+    assert {entry.name for entry in out.iterdir()} == names | {"server"}
+    assert [entry.name for entry in (out / "server").iterdir()] == ["stub.log"]
+    document = json.loads(done.stdout)
+    assert document == json.loads((out / "run.json").read_text())
+    schema = json.loads(resources.files(servebench).joinpath("judge/run.schema.json").read_text())
+    jsonschema.validate(document, schema)
+    assert (document["schema"], document["state"], document["verdict"]) == ("servebench.run/1", "complete", "PASS")
+
+    # Secrets stay out, and the effective profile can be run again.
+    assert not [file for file in out.rglob("*") if file.is_file() and b"hush-hush" in file.read_bytes()]
+    effective = yaml.safe_load((out / "profile.yaml").read_text())
+    assert effective["load"]["min_query_count"] == 700
+    assert Profile.model_validate(effective).load.target_qps == 100
+
+    # The latency files agree with the document, read by the hdrhistogram package.
+    reader = HistogramLogReader(str(out / "latency.hlog"), HdrHistogram(1000, 3_600_000_000_000, 3))
+    totals = {"": 0, "service": 0}
+    while (interval := reader.get_next_interval_histogram()) is not None:
+        totals[interval.get_tag() or ""] += interval.get_total_count()
+    assert totals == dict.fromkeys(totals, document["counts"]["ok"])
+
+    for name in ("run.json", "latency.hlog", "latency.hgrm"):
+        (out / name).rename(tmp_path / name)
+    again = command("report", "run", cwd=tmp_path)
+    assert again.returncode == 0
+    assert again.stdout.startswith("PASS  p99 <= 50")
+    for name in ("run.json", "latency.hlog", "latency.hgrm"):
+        assert (out / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        pytest.param(lambda path: None, "no such directory", id="missing"),
+        pytest.param(lambda path: path.mkdir(), "not a run directory: it has no facts.json", id="empty"),
+        pytest.param(lambda path: (path.mkdir(), (path / "facts.json").write_text("{")), "cannot be read", id="broken facts"),
+        pytest.param(
+            lambda path: (path.mkdir(), (path / "facts.json").write_text('{"schema": "x"}')), "schema is 'x'", id="another schema"
+        ),
+    ],
+)
+def test_report_refuses_what_is_no_run(tmp_path: Path, prepare: Any, message: str) -> None:
+    prepare(tmp_path / "dir")
+    done = command("report", "dir", cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in one_line(done.stderr)
+
+
+def test_schedule_previews_the_published_loadgen_run(tmp_path: Path) -> None:
+    """16.5/s, MLPerf v5.1's seed, 600 s: a published submission log has 9997 queries over 600.035703410 s."""
+    settings = ["load.target_qps=16.5", "load.schedule_seed=18209322760996052031", "load.min_duration_s=600"]
+    done = command("schedule", "stub", "--json", *(f"--set={setting}" for setting in [*settings, "load.min_query_count=100"]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["planned"], document["generated_duration_ns"]) == (9997, 600_035_703_410)
+    assert sum(point["qps"] for point in document["rate_over_time"]) / 20 == pytest.approx(9997 / (document["last_offset_ns"] / 1e9))
+    text = command("schedule", "stub", cwd=tmp_path).stdout
+    assert "queries over" in text
+    assert "sha256" in text
+
+
+def test_the_profile_schema_accepts_the_bundled_profiles(tmp_path: Path) -> None:
+    schema = json.loads(command("profile-schema", cwd=tmp_path).stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for name in ("stub", "digits-triton-http"):
+        text = resources.files("servebench_loadprofiles").joinpath(f"{name}.yaml").read_text()
+        jsonschema.validate(yaml.safe_load(text), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"name": "x"}, schema)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--help"], ["Exit codes", "servebench run digits-triton-http", "130"], id="servebench"),
+        pytest.param(["run", "--help"], ["PROFILE", "--set", "--out", "--json"], id="run"),
+        pytest.param(["serve", "--help"], ["stub", "triton"], id="serve"),
+        pytest.param(["serve", "stub", "--help"], ["queue_limit", "service", "one beyond it gets status 503"], id="serve stub"),
+    ],
+)
+def test_help_teaches(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 0
+    for word in words:
+        assert word in done.stdout
+
+
+def test_serve_keeps_a_server_up_until_interrupted(tmp_path: Path) -> None:
+    process = start_command("serve", "stub", "--set", "service.mean_ms=1", cwd=tmp_path)
+    assert process.stdout is not None
+    lines = []
+    while not lines or not lines[-1].startswith("Test it"):
+        lines.append(process.stdout.readline())
+        assert lines[-1], process.communicate()
+    url = next(line.split()[1] for line in lines if line.startswith("http"))
+    path = written(tmp_path, server={"url": url})
+    done = command("run", str(path), "--set", "load.min_query_count=700", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    process.send_signal(2)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode in (0, 130), err
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+
+
+def test_the_installed_package_finds_its_profiles_outside_the_checkout(tmp_path: Path) -> None:
+    """A wheel, unpacked alone on the path, has the profiles, the models' data and the launchers."""
+    root = Path(__file__).resolve().parent.parent
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, root],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("servebench-*.whl")
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, site], check=True, timeout=60)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import servebench.profile as p, servebench.launcher as l\n"
+        "profile = p.load_profile('digits-triton-http')\n"
+        "print(p.__file__, profile.samples.path, profile.output_check.golden, *l.launcher_names())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path!r}\n" + code, site],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    module, samples, golden, *launchers = done.stdout.split()
+    for path in (module, samples, golden):
+        assert Path(path).is_relative_to(site), path
+    assert launchers == ["stub", "triton"]

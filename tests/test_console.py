@@ -1,0 +1,517 @@
+"""The printed report, word for word, for made-up run documents that the shipped schema accepts."""
+
+import copy
+import io
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from rich.console import Console
+from synthetic import MS, S, synthetic_run, with_outcome, with_stall
+
+from servebench.judge.verdict import judge
+from servebench.record.outcome import Outcome
+from servebench.report.console import format_duration, format_rate, render
+
+PERCENTILES = ("50", "90", "95", "97", "99", "99.9", "99.99")
+
+
+def distribution(
+    count: int, values_ms: tuple[float | None, ...], max_ms: float, mean_ms: float, **changes: Any
+) -> dict[str, Any]:
+    values_ns = [None if value is None else round(value * 1e6) for value in values_ms]
+    return {
+        "count": count,
+        "infinite": 0,
+        "min_ns": 1_000,
+        "mean_ns": round(mean_ms * 1e6),
+        "max_ns": round(max_ms * 1e6),
+        "percentiles": dict(zip(PERCENTILES, values_ns, strict=True)),
+        "above_ns": {},
+    } | changes
+
+
+def judged(
+    text: str, unit: str, measured: float | None, bound: float, result: str, reason: str, **changes: Any
+) -> dict[str, Any]:
+    return {
+        "text": text,
+        "unit": unit,
+        "measured": measured,
+        "measured_above": None,
+        "bound": bound,
+        "result": result,
+        "queries": 4031,
+        "over": 3,
+        "needed_queries": None,
+        "needed_seconds": None,
+        "reason": reason,
+    } | changes
+
+
+def passing() -> dict[str, Any]:
+    response = (4.12, 5.03, 5.41, 5.7, 6.114, 9.876, 12.04)
+    service = (4.05, 4.96, 5.33, 5.62, 6.03, 9.8, 11.97)
+    delay = (0.081, 0.102, 0.11, 0.115, 0.13, 0.2, 0.4)
+    return {
+        "schema": "servebench.run/1",
+        "version": "0.1.0",
+        "command": ["servebench", "run", "digits"],
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "state": "complete",
+        "stop_reason": None,
+        "profile": {"name": "digits"},
+        "schedule": {
+            "arrivals": "mlperf",
+            "target_qps": 200.0,
+            "last_scheduled_ns": 20_000_000_000,
+            "checks": {
+                "result": "ok",
+                "gaps": 4030,
+                "cv2": 1.004,
+                "ks_distance": 0.01,
+                "ks_p_value": 0.613,
+                "serial_correlation": 0.01,
+                "serial_p_value": 0.431,
+                "dispersion": [
+                    {"window_s": 0.05, "windows": 400, "index": 1.02, "p_value": 0.7},
+                    {"window_s": 1.0, "windows": 20, "index": 0.97, "p_value": 0.9},
+                ],
+                "issued_cv2": 1.0,
+                "issued_ks_distance": 0.001,
+                "issued_ks_p_value": 1.0,
+                "problems": [],
+                "issue_problems": [],
+            },
+        },
+        "counts": {"planned": 4031, "issued": 4031, "ok": 4031, "error": 0, "timeout": 0, "shed": 0, "unfinished": 0},
+        "rates": {
+            "target_qps": 200.0,
+            "scheduled_qps": 201.5,
+            "issued_qps": 201.49,
+            "completed_qps": 201.46,
+            "goodput_qps": 201.3,
+        },
+        "response_time": distribution(4031, response, 12.04, 4.2),
+        "service_time": distribution(4031, service, 11.97, 4.1),
+        "issue_delay": distribution(4031, delay, 0.4, 0.085),
+        "errors": [],
+        "output_check": {"kept": 256, "checked": 256, "wrong": 0, "first_wrong": None, "golden": True},
+        "constraints": [
+            judged(
+                "p99 <= 50ms",
+                "ns",
+                6_114_000,
+                50_000_000,
+                "PASS",
+                "p99 <= 50ms holds: measured 6.11 ms; 3 of 4031 queries were over the bound, "
+                "up to 25 are allowed at 99 % confidence.",
+            )
+        ],
+        "early_stopping": {
+            "constraint": "p99 <= 50ms",
+            "percentile": 99.0,
+            "latency_bound_ns": 50_000_000,
+            "confidence": 0.99,
+            "queries": 4031,
+            "over_latency": 3,
+            "allowed_over_latency": 25,
+            "required_queries": 1000,
+            "needed_queries": 0,
+            "estimate_ns": 6_310_000,
+            "met": True,
+        },
+        "loadgen_validity": {
+            "min_duration_met": True,
+            "min_queries_met": True,
+            "perf_constraints_met": True,
+            "early_stopping_met": True,
+            "valid": True,
+        },
+        "trust": {"verdict": "VALID", "reasons": [], "stall_count": 0, "stalls": []},
+        "verdict": "PASS",
+        "reasons": ["p99 <= 50ms holds."],
+        "workers": [],
+        "server": {},
+        "environment": {},
+    }
+
+
+def failing() -> dict[str, Any]:
+    """Timeouts at the tail, sheds, and an error whose text is hostile."""
+    run = passing() | {"verdict": "FAIL"}
+    run["counts"] = {"planned": 4031, "issued": 4030, "ok": 3950, "error": 30, "timeout": 50, "shed": 1, "unfinished": 0}
+    tail = {"99": 10_000_500_000, "99.9": 10_001_000_000, "99.99": 0}
+    known = (30.0, 83.4, 90.1, 95.0)
+    run["response_time"] = distribution(4031, (*known, None, None, None), 99.9, 33.3, infinite=81, above_ns=tail)
+    run["service_time"] = distribution(4031, (*known, None, None, None), 99.8, 33.2, infinite=81, above_ns=tail)
+    run["constraints"] = [
+        judged("errors < 5%", "share", 81 / 4031, 0.05, "PASS", "errors < 5% holds: measured 2.0094%."),
+        judged("mean < 20ms", "ns", 33_300_000, 20_000_000, "FAIL", "mean < 20ms fails: measured 33.3 ms."),
+        judged(
+            "p99 <= 50ms",
+            "ns",
+            None,
+            50_000_000,
+            "FAIL",
+            "p99 <= 50ms fails: measured over 10 s, infinite by failures; "
+            "900 of 4031 queries were over the bound; lower load.target_qps, or make the server faster.",
+            measured_above=10_000_500_000,
+        ),
+    ]
+    run["errors"] = [
+        {"kind": "timeout", "detail": "", "count": 50, "example": 17},
+        {"kind": "status", "detail": "503 [/red] [bold]overloaded\x1b[31m\n", "count": 30, "example": None},
+    ]
+    run["loadgen_validity"] |= {"perf_constraints_met": False, "early_stopping_met": False, "valid": False}
+    run["early_stopping"] |= {"estimate_ns": None, "met": False}
+    return run
+
+
+def inconclusive() -> dict[str, Any]:
+    run = passing() | {"verdict": "INCONCLUSIVE", "output_check": None, "loadgen_validity": None}
+    run["constraints"] = [
+        judged(
+            "p99 <= 50ms",
+            "ns",
+            6_114_000,
+            50_000_000,
+            "INCONCLUSIVE",
+            "p99 <= 50ms is undecided: measured 6.11 ms; 0 of 60 queries were over the bound, too few "
+            "queries to promise it with 99 % confidence; run at least 399 more (2 s at 201.5/s).",
+            needed_queries=399,
+            needed_seconds=2.0,
+        )
+    ]
+    run["schedule"]["checks"] |= {"result": "too_few", "gaps": 59}
+    run["trust"] = {
+        "verdict": "DEGRADED",
+        "reasons": [
+            {
+                "code": "cpu_steal",
+                "severity": "DEGRADED",
+                "text": "the hypervisor gave 8% of this machine's CPU time to others",
+                "remedy": "measure on a quieter or a dedicated machine",
+                "measured": 0.08,
+                "bound": 0.05,
+            }
+        ],
+        "stall_count": 0,
+        "stalls": [],
+    }
+    return run
+
+
+def invalid() -> dict[str, Any]:
+    """The client itself was 31 ms late at p99."""
+    run = passing() | {"verdict": "INVALID", "output_check": None, "loadgen_validity": None}
+    run["response_time"] = distribution(4031, (4.12, 5.03, 5.41, 12.0, 37.1, 40.0, 41.0), 41.0, 5.2)
+    run["issue_delay"] = distribution(4031, (0.081, 0.102, 0.11, 8.0, 31.0, 33.0, 34.5), 34.5, 1.1)
+    run["trust"] = {
+        "verdict": "INVALID",
+        "reasons": [
+            {
+                "code": "lateness",
+                "severity": "INVALID",
+                "text": "121 of 4031 queries (3.0017%) were issued over 5 ms late: the client's event loop was late",
+                "remedy": "use more client.workers or a lower rate",
+                "measured": 0.03,
+                "bound": 0.0025,
+            }
+        ],
+        "stall_count": 0,
+        "stalls": [],
+    }
+    return run
+
+
+@pytest.fixture(autouse=True)
+def no_colour_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def printed(
+    run: dict[str, Any], *, width: int = 80, directory: Path | None = Path("runs/digits-1"), **console: Any
+) -> list[str]:
+    file = io.StringIO()
+    render(run, console=Console(file=file, width=width, **console), directory=directory)
+    return file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("make", [passing, failing, inconclusive, invalid])
+def test_the_made_up_documents_are_run_documents(make: Any) -> None:
+    schema = json.loads((resources.files("servebench.judge") / "run.schema.json").read_text())
+    jsonschema.validate(make(), schema)
+
+
+def test_pass_word_for_word() -> None:
+    assert printed(passing()) == [
+        "PASS  p99 <= 50ms at 200 queries/s: measured 6.11 ms",
+        "",
+        " ✓ p99 <= 50ms holds: measured 6.11 ms; 3 of 4031 queries were over the bound,",
+        "   up to 25 are allowed at 99 % confidence.",
+        "",
+        "               response      service  issue delay",
+        "  p50           4.12 ms      4.05 ms      81.0 us",
+        "  p90           5.03 ms      4.96 ms       102 us",
+        "  p95           5.41 ms      5.33 ms       110 us",
+        "  p97           5.70 ms      5.62 ms       115 us",
+        "  p99           6.11 ms      6.03 ms       130 us",
+        "  p99.9         9.88 ms      9.80 ms       200 us",
+        "  p99.99        12.0 ms      12.0 ms       400 us",
+        "  max           12.0 ms      12.0 ms       400 us",
+        "  mean          4.20 ms      4.10 ms      85.0 us",
+        "",
+        "Queries   planned 4031 = issued 4031 + shed 0",
+        "          issued 4031 = ok 4031 + error 0 + timeout 0 + unfinished 0",
+        "Rates/s   scheduled 201.5, issued 201.5, completed 201.5, goodput 201.3",
+        "Replies   256 checked against golden outputs, 0 wrong",
+        "MLPerf    LoadGen would say VALID; p99 <= 6.31 ms with 99% confidence",
+        "Trust     VALID",
+        "Arrivals  mlperf ok: KS p 0.61, serial p 0.43, CV2 1.00, IDC 1.02 0.97",
+        "Run       runs/digits-1",
+        "Next      servebench report runs/digits-1",
+    ]
+
+
+def test_fail_word_for_word() -> None:
+    assert printed(failing()) == [
+        "FAIL  p99 <= 50ms at 200 queries/s: measured over 10.0 s, by failed queries, and",
+        "      1 more broken",
+        "",
+        " ✓ errors < 5% holds: measured 2.0094%.",
+        " ✗ mean < 20ms fails: measured 33.3 ms.",
+        " ✗ p99 <= 50ms fails: measured over 10 s, infinite by failures; 900 of",
+        "   4031 queries were over the bound; lower load.target_qps, or make the server",
+        "   faster.",
+        "",
+        "               response      service  issue delay",
+        "  p50           30.0 ms      30.0 ms      81.0 us",
+        "  p90           83.4 ms      83.4 ms       102 us",
+        "  p95           90.1 ms      90.1 ms       110 us",
+        "  p97           95.0 ms      95.0 ms       115 us",
+        "  p99          > 10.0 s     > 10.0 s       130 us",
+        "  p99.9        > 10.0 s     > 10.0 s       200 us",
+        "  p99.99         failed       failed       400 us",
+        "  max           99.9 ms      99.8 ms       400 us",
+        "  mean          33.3 ms      33.2 ms      85.0 us",
+        "  81 of 4031 queries have no latency and count as over every bound; max and mean",
+        "  are of the others.",
+        "",
+        "Queries   planned 4031 = issued 4030 + shed 1",
+        "          issued 4030 = ok 3950 + error 30 + timeout 50 + unfinished 0",
+        "Errors    50 x timeout (e.g. query 17)",
+        r"          30 x status: 503 [/red] [bold]overloaded\x1b[31m",
+        "Rates/s   scheduled 201.5, issued 201.5, completed 201.5, goodput 201.3",
+        "Replies   256 checked against golden outputs, 0 wrong",
+        "MLPerf    LoadGen would say INVALID: perf constraints, early stopping",
+        "Trust     VALID",
+        "Arrivals  mlperf ok: KS p 0.61, serial p 0.43, CV2 1.00, IDC 1.02 0.97",
+        "Run       runs/digits-1",
+        "Next      servebench report runs/digits-1",
+    ]
+
+
+def test_inconclusive_says_how_many_more() -> None:
+    lines = printed(inconclusive())
+    assert lines[:7] == [
+        "INCONCLUSIVE  p99 <= 50ms at 200 queries/s: measured 6.11 ms, but needs at least",
+        "              399 more queries (trust is DEGRADED, see below)",
+        "",
+        " ? p99 <= 50ms is undecided: measured 6.11 ms; 0 of 60 queries were over the",
+        "   bound, too few queries to promise it with 99 % confidence; run at least 399",
+        "   more (2 s at 201.5/s).",
+        "",
+    ]
+    assert lines[-6:-2] == [
+        "Trust     DEGRADED",
+        " ! cpu_steal: the hypervisor gave 8% of this machine's CPU time to others;",
+        "   measure on a quieter or a dedicated machine.",
+        "Arrivals  mlperf untested: 59 gaps are too few",
+    ]
+
+
+def test_invalid_names_the_resource_first() -> None:
+    lines = printed(invalid())
+    assert lines[:8] == [
+        "INVALID  p99 <= 50ms at 200 queries/s: unknown, the run cannot be trusted",
+        "",
+        " ✗ lateness: 121 of 4031 queries (3.0017%) were issued over 5 ms late: the",
+        "   client's event loop was late; use more client.workers or a lower rate.",
+        "",
+        "What was measured, not to be relied on:",
+        " ✓ p99 <= 50ms holds: measured 6.11 ms; 3 of 4031 queries were over the bound,",
+        "   up to 25 are allowed at 99 % confidence.",
+    ]
+    assert sum("lateness" in line for line in lines) == 1
+    assert "Trust     INVALID" in lines
+
+
+def test_a_gap_that_matters_is_explained() -> None:
+    lines = printed(invalid())
+    after = lines.index("  mean          5.20 ms      4.10 ms      1.10 ms")
+    assert lines[after + 1 : after + 4] == [
+        "  At p99 service is 31.1 ms smaller than response: queries waited up to 34.5 ms",
+        "  in the client before they were sent. Users would feel that wait, so response",
+        "  is judged.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("response_ms", "service_ms"),
+    [
+        pytest.param(0.5, 0.1, id="most of the response, but 1 % of the bound"),
+        pytest.param(100.0, 95.0, id="a twentieth of the response"),
+    ],
+)
+def test_a_gap_that_changes_nothing_is_not_mentioned(response_ms: float, service_ms: float) -> None:
+    run = passing()
+    run["response_time"]["percentiles"]["99"] = round(response_ms * 1e6)
+    run["service_time"]["percentiles"]["99"] = round(service_ms * 1e6)
+    assert not any("smaller than response" in line for line in printed(run))
+
+
+def test_books_that_do_not_balance_are_not_called_equal() -> None:
+    run = passing()
+    run["counts"]["ok"] = 4000
+    assert "          issued 4031 IS NOT ok 4000 + error 0 + timeout 0 + unfinished 0" in printed(run)
+
+
+@pytest.mark.parametrize(
+    ("unit", "measured", "bound", "words"),
+    [
+        pytest.param("ns", 50_040_000, 50_000_000, "measured 50.04 ms", id="more digits where three would show the bound"),
+        pytest.param("ns", 50_000_000, 50_000_000, "measured 50.0 ms", id="exactly the bound"),
+        pytest.param("share", 0.000833, 0.001, "measured 0.0833%", id="share"),
+        pytest.param("qps", 379.96, 380.0, "measured 380/s", id="rate"),
+        pytest.param("ns", None, 50_000_000, "measured nothing", id="nothing measured"),
+    ],
+)
+def test_the_headline_has_the_unit_of_the_promise(unit: str, measured: float | None, bound: float, words: str) -> None:
+    run = passing()
+    run["constraints"] = [judged("it <= bound", unit, measured, bound, "PASS", "it holds.")]
+    assert printed(run)[0] == f"PASS  it <= bound at 200 queries/s: {words}"
+
+
+@pytest.mark.parametrize("make", [passing, failing, inconclusive, invalid])
+@pytest.mark.parametrize("width", [80, 60, 200])
+def test_no_line_is_wider_than_the_console(make: Any, width: int) -> None:
+    lines = printed(make(), width=width)
+    assert max(len(line) for line in lines) <= width
+    assert not any(line != line.rstrip() for line in lines)
+    # Nothing is lost or cut by wrapping: the same words at any width.
+    assert " ".join(" ".join(lines).split()) == " ".join(" ".join(printed(make(), width=1000)).split())
+
+
+def test_a_number_stays_with_its_unit() -> None:
+    run = passing()
+    run["constraints"][0]["reason"] = "waited 17.25 ms " * 12
+    for width in range(40, 80):
+        assert not any(line.endswith("17.25") for line in printed(run, width=width))
+
+
+def test_a_path_is_never_broken() -> None:
+    directory = Path("runs") / ("long-" * 20) / "a b"
+    lines = printed(passing(), directory=directory)
+    assert lines[-2:] == [f"Run       {directory}", f"Next      servebench report '{directory}'"]
+
+
+def test_no_directory_no_hints() -> None:
+    assert printed(passing(), directory=None)[-1].startswith("Arrivals")
+
+
+@pytest.mark.parametrize("make", [passing, failing, inconclusive, invalid])
+def test_colour_is_for_terminals_only(make: Any) -> None:
+    plain = printed(make())
+    assert not any("\x1b" in line for line in plain)
+    coloured = printed(make(), force_terminal=True, color_system="standard")
+    assert coloured[0].startswith("\x1b[")
+    assert not any("\x1b[31moverloaded" in line or "overloaded\x1b[31m" in line for line in coloured)
+
+
+@pytest.mark.parametrize(("make", "colour"), [(passing, "32"), (failing, "31"), (inconclusive, "33"), (invalid, "35")])
+def test_each_verdict_has_its_colour(make: Any, colour: str) -> None:
+    run = make()
+    first = printed(run, force_terminal=True, color_system="standard")[0]
+    assert first.startswith(f"\x1b[1;7;{colour}m{run['verdict']}\x1b[0m  ")
+
+
+def test_a_console_that_knows_only_ascii_gets_ascii() -> None:
+    run = failing()
+    run["errors"][0]["detail"] = "délai"
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii", newline="\n")
+    render(run, console=Console(file=file, width=80))
+    file.flush()
+    text = raw.getvalue().decode("ascii")
+    assert " + errors < 5% holds" in text
+    assert " x mean < 20ms fails" in text
+    assert r"50 x timeout: d\xe9lai" in text
+
+
+def test_long_lists_of_errors_are_cut() -> None:
+    run = failing()
+    run["errors"] = [{"kind": "status", "detail": "x" * 5_000, "count": 9, "example": 1}] * 8
+    lines = printed(run)
+    assert sum(line.count("x") for line in lines if set(line.strip()) <= {"x"}) < 5 * 300
+    assert "          and 3 more kinds, see run.json" in lines
+
+
+@pytest.mark.parametrize(
+    ("spoil", "verdict"),
+    [
+        pytest.param(lambda run: run, "PASS", id="clean"),
+        pytest.param(lambda run: with_outcome(run, slice(0, 400), Outcome.TIMEOUT), "FAIL", id="timeouts"),
+        pytest.param(lambda run: with_outcome(run, slice(0, 30), Outcome.SHED), "INCONCLUSIVE", id="shed"),
+        pytest.param(lambda run: with_stall(run, 3 * S, 200 * MS), "INVALID", id="stall"),
+    ],
+)
+def test_what_the_judge_writes_can_be_printed(spoil: Any, verdict: str) -> None:
+    run = spoil(synthetic_run(queries=4_000, response_ns=6 * MS))
+    lines = printed(judge(run))
+    assert lines[0].startswith(f"{verdict}  p99 <= 50ms at 200 queries/s: ")
+    assert "  p50           6.00 ms" in "\n".join(lines)
+    issued = int((run.issued_ns >= 0).sum())
+    assert f"Queries   planned 4000 = issued {issued} + shed {4000 - issued}" in lines
+
+
+def test_missing_and_unknown_parts_are_survived() -> None:
+    run = passing()
+    for key in run:
+        part = copy.deepcopy(run)
+        del part[key]
+        assert printed(part)
+        assert printed(part | {"new_in_a_later_version": 1})
+    assert printed({"verdict": "FAIL"}, directory=None)[0] == "FAIL  no constraint was judged"
+
+
+@pytest.mark.parametrize(
+    ("value_ns", "text"),
+    [
+        (0, "0 us"),
+        (512, "0.512 us"),
+        (81_000, "81.0 us"),
+        (999_499, "999 us"),
+        (999_500, "1.00 ms"),
+        (6_114_000, "6.11 ms"),
+        (83_449_999, "83.4 ms"),
+        (999_600_000, "1.00 s"),
+        (12_345_000_000, "12.3 s"),
+        (3_600_000_000_000, "3600 s"),
+        (-3_200, "-3.20 us"),
+    ],
+)
+def test_durations_have_three_digits(value_ns: int, text: str) -> None:
+    assert format_duration(value_ns) == text
+
+
+@pytest.mark.parametrize(
+    ("per_second", "text"),
+    [(200.0, "200/s"), (198.73, "198.7/s"), (0.5, "0.5/s"), (1_234.4, "1234/s"), (12_345.6, "12346/s"), (0.0, "0/s")],
+)
+def test_rates_have_four_digits(per_second: float, text: str) -> None:
+    assert format_rate(per_second) == text
