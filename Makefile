@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup quickstart test lint format bench clean
+.PHONY: help setup quickstart test lint format bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ format: $(STAMP) ## apply the code style
 
 bench: $(STAMP) ## measure the client's own speed (needs nginx: apt install nginx-light)
 	@$(BIN)/python -m benchmarks.ceiling
+
+docs: $(STAMP) ## rewrite the profile reference in README.md from the schema
+	@$(BIN)/python docs/profile_table.py README.md
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build dist

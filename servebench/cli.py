@@ -89,7 +89,7 @@ def run(ctx: click.Context, profile: str, overrides: tuple[str, ...], out: Path 
     loaded = load_profile(profile, overrides)
     directory = out or _default_directory(loaded.name)
     with LiveView() as view:
-        state = run_profile(loaded, directory, command=["servebench", *sys.argv[1:]], observer=view)
+        state = run_profile(loaded, directory, command=["servebench", *_public(sys.argv[1:])], observer=view)
     code = _report(directory, as_json=as_json)
     ctx.exit(_EXIT_INTERRUPTED if state == "interrupted" else code)
 
@@ -193,7 +193,7 @@ def _serve_callback(name: str) -> Callable[..., None]:
         import signal
         import tempfile
 
-        from servebench.engine.run import check_launch_options
+        from servebench.engine.hosting import check_launch_options
         from servebench.launcher import find_launcher
         from servebench.profile import apply_overrides
 
@@ -227,6 +227,11 @@ def _tail(path: Path) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
 
 
+def _public(arguments: list[str]) -> list[str]:
+    """The command line without header values, fit for a run directory."""
+    return [f"{text.partition('=')[0]}=<redacted>" if "headers" in text and "=" in text else text for text in arguments]
+
+
 def _default_directory(name: str) -> Path:
     from datetime import datetime
 
@@ -258,6 +263,5 @@ def _report(directory: Path, *, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(document, indent=2))
     else:
-        render(document, console=_console())
-        click.echo(f"\nRun directory: {directory}")
+        render(document, console=_console(), directory=directory)
     return exit_code(document["verdict"])

@@ -48,6 +48,8 @@ class Server(_Section):
         if self.url is not None:
             if not re.match(r"^https?://[^/]+", self.url):
                 raise ValueError(f"url: {self.url!r} is not an http:// or https:// address")
+            if "@" in self.url.split("/")[2]:
+                raise ValueError("url: holds a user or password; use endpoint.headers or endpoint.bearer_token_env")
             if self.options:
                 raise ValueError("options belong to launch; a server at url is used as it is")
         return self

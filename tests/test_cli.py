@@ -37,23 +37,36 @@ def one_line(text: str) -> str:
 BAD_INPUT = [
     pytest.param(["--set", "load.qps=5"], "load.qps: unknown key; allowed here: target_qps, arrivals,", id="unknown key"),
     pytest.param(["--set", "laod.target_qps=5"], "laod: unknown key; allowed here: name,", id="unknown section"),
-    pytest.param(["--set", "constraints=['p99 <= 50']"], "constraints: '50' is not a time; write a number with ns, us", id="no unit"),
+    pytest.param(
+        ["--set", "constraints=['p99 <= 50']"], "constraints: '50' is not a time; write a number with ns, us", id="no unit"
+    ),
     pytest.param(["--set", "constraints=['p99 <= 50min']"], "unit 'min' is not a time", id="wrong unit"),
     pytest.param(["--set", "constraints=['p120 <= 5ms']"], "percentile 120 is not between 0 and 100", id="percentile 120"),
     pytest.param(["--set", "constraints=['p99 >= 5ms']"], "points the wrong way; allowed here: < and <=", id="wrong direction"),
     pytest.param(["--set", "constraints=['errors < 5']"], "'5' is not a share; write a percentage", id="no percent sign"),
-    pytest.param(["--set", "constraints=['p99 of 5']"], "is not a constraint; write for example: p99 <= 50ms", id="not a constraint"),
+    pytest.param(
+        ["--set", "constraints=['p99 of 5']"], "is not a constraint; write for example: p99 <= 50ms", id="not a constraint"
+    ),
     pytest.param(["--set", "constraints=[]"], "constraints: list should have at least 1 item", id="no constraint"),
-    pytest.param(["--set", "load.target_qps=-1"], "load.target_qps: input should be greater than 0, found -1", id="negative rate"),
+    pytest.param(
+        ["--set", "load.target_qps=-1"], "load.target_qps: input should be greater than 0, found -1", id="negative rate"
+    ),
     pytest.param(["--set", "load.target_qps=fast"], "load.target_qps: input should be a valid number", id="rate is a word"),
     pytest.param(["--set", "load.target_qps"], "write key.path=value", id="set without value"),
     pytest.param(["--set", "load.target_qps.x=1"], "'target_qps' holds a value, not a section", id="set below a value"),
     pytest.param(["--set", "server.launch=vllm"], "no launcher called 'vllm'; installed: stub, triton", id="unknown launcher"),
-    pytest.param(["--set", "server.options.prot=1"], "server.options.prot: unknown key; allowed here: service,", id="unknown option"),
+    pytest.param(
+        ["--set", "server.options.prot=1"], "server.options.prot: unknown key; allowed here: service,", id="unknown option"
+    ),
     pytest.param(["--set", "server.url=http://127.0.0.1:1"], "exactly one of launch", id="launch and url"),
+    pytest.param(
+        ["--set", "server={url: 'http://me:secret@127.0.0.1:1'}"], "url: holds a user or password", id="password in the url"
+    ),
     pytest.param(["--set", "samples.source=npz"], "source 'npz' needs a path", id="source without path"),
     pytest.param(
-        ["--set", "samples={source: npz, path: nowhere.npz}"], "nowhere.npz: no such file or directory", id="missing sample file"
+        ["--set", "samples={source: npz, path: nowhere.npz}"],
+        "nowhere.npz: no such file or directory",
+        id="missing sample file",
     ),
     pytest.param(["--set", "endpoint.bearer_token_env=SB_NO_SUCH"], "SB_NO_SUCH is not set", id="token variable unset"),
     pytest.param(["--set", "client.cpus=[4096]"], "client.cpus: [4096] are not among the CPUs allowed", id="no such CPU"),
@@ -81,7 +94,9 @@ def test_bad_input_is_one_clear_line_and_nothing_starts(tmp_path: Path, argument
     [
         pytest.param("name: [", "not YAML", id="broken YAML"),
         pytest.param("- a\n- b\n", "a profile is a mapping of keys, found list", id="a list"),
-        pytest.param("name: x\nserver: {launch: stub}\n", "endpoint: required, but missing (and 2 more)", id="sections missing"),
+        pytest.param(
+            "name: x\nserver: {launch: stub}\n", "endpoint: required, but missing (and 2 more)", id="sections missing"
+        ),
         pytest.param("name: a/b\n", "name: ", id="name with a slash"),
     ],
 )
@@ -97,7 +112,9 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None
 def test_an_unknown_profile_lists_the_bundled_ones(tmp_path: Path) -> None:
     done = command("run", "digits", cwd=tmp_path)
     assert done.returncode == 2
-    assert "digits: no such file, and no bundled profile of that name; bundled: digits-triton-http, stub" in one_line(done.stderr)
+    assert "digits: no such file, and no bundled profile of that name; bundled: digits-triton-http, stub" in one_line(
+        done.stderr
+    )
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
@@ -132,8 +149,9 @@ def test_a_port_in_use_is_a_launch_error_with_the_servers_words(tmp_path: Path) 
 
 
 def test_a_run_leaves_every_file_and_report_recomputes_them(tmp_path: Path) -> None:
-    path = written(tmp_path, endpoint={"model": "stub", "headers": {"X-Secret": "hush-hush"}})
-    done = command("run", str(path), "--out", "run", "--set", "load.min_query_count=700", "--json", cwd=tmp_path)
+    path = written(tmp_path)
+    secret = ["--set", "endpoint.headers={X-Secret: hush-hush}"]
+    done = command("run", str(path), "--out", "run", "--set", "load.min_query_count=700", *secret, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "run"
     names = {"profile.yaml", "run.json", "queries.parquet", "latency.hlog", "latency.hgrm", "environment.json", "facts.json"}
@@ -156,6 +174,7 @@ def test_a_run_leaves_every_file_and_report_recomputes_them(tmp_path: Path) -> N
     totals = {"": 0, "service": 0}
     while (interval := reader.get_next_interval_histogram()) is not None:
         totals[interval.get_tag() or ""] += interval.get_total_count()
+    reader.close()
     assert totals == dict.fromkeys(totals, document["counts"]["ok"])
 
     for name in ("run.json", "latency.hlog", "latency.hgrm"):
@@ -174,7 +193,9 @@ def test_a_run_leaves_every_file_and_report_recomputes_them(tmp_path: Path) -> N
         pytest.param(lambda path: path.mkdir(), "not a run directory: it has no facts.json", id="empty"),
         pytest.param(lambda path: (path.mkdir(), (path / "facts.json").write_text("{")), "cannot be read", id="broken facts"),
         pytest.param(
-            lambda path: (path.mkdir(), (path / "facts.json").write_text('{"schema": "x"}')), "schema is 'x'", id="another schema"
+            lambda path: (path.mkdir(), (path / "facts.json").write_text('{"schema": "x"}')),
+            "schema is 'x'",
+            id="another schema",
         ),
     ],
 )
@@ -188,11 +209,15 @@ def test_report_refuses_what_is_no_run(tmp_path: Path, prepare: Any, message: st
 def test_schedule_previews_the_published_loadgen_run(tmp_path: Path) -> None:
     """16.5/s, MLPerf v5.1's seed, 600 s: a published submission log has 9997 queries over 600.035703410 s."""
     settings = ["load.target_qps=16.5", "load.schedule_seed=18209322760996052031", "load.min_duration_s=600"]
-    done = command("schedule", "stub", "--json", *(f"--set={setting}" for setting in [*settings, "load.min_query_count=100"]), cwd=tmp_path)
+    done = command(
+        "schedule", "stub", "--json", *(f"--set={setting}" for setting in [*settings, "load.min_query_count=100"]), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert (document["planned"], document["generated_duration_ns"]) == (9997, 600_035_703_410)
-    assert sum(point["qps"] for point in document["rate_over_time"]) / 20 == pytest.approx(9997 / (document["last_offset_ns"] / 1e9))
+    assert sum(point["qps"] for point in document["rate_over_time"]) / 20 == pytest.approx(
+        9997 / (document["last_offset_ns"] / 1e9)
+    )
     text = command("schedule", "stub", cwd=tmp_path).stdout
     assert "queries over" in text
     assert "sha256" in text
@@ -225,7 +250,7 @@ def test_help_teaches(tmp_path: Path, arguments: list[str], words: list[str]) ->
 
 
 def test_serve_keeps_a_server_up_until_interrupted(tmp_path: Path) -> None:
-    process = start_command("serve", "stub", "--set", "service.mean_ms=1", cwd=tmp_path)
+    process = start_command("serve", "stub", "--set", "service={kind: constant, mean_ms: 1}", cwd=tmp_path)
     assert process.stdout is not None
     lines = []
     while not lines or not lines[-1].startswith("Test it"):

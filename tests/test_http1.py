@@ -36,11 +36,19 @@ REPLIES = [
     pytest.param(b"HTTP/1.1 100 Continue\r\n\r\n" + PLAIN, 200, 5, Progress.COMPLETE, id="100 before the reply"),
     pytest.param(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + PLAIN, 200, 5, Progress.COMPLETE, id="103 with headers"),
     pytest.param(
-        b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno", 503, 2, Progress.COMPLETE_CLOSE, id="says close"
+        b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno",
+        503,
+        2,
+        Progress.COMPLETE_CLOSE,
+        id="says close",
     ),
     pytest.param(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", 200, 2, Progress.COMPLETE_CLOSE, id="HTTP/1.0"),
     pytest.param(
-        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nok", 200, 2, Progress.COMPLETE, id="1.0 kept alive"
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nok",
+        200,
+        2,
+        Progress.COMPLETE,
+        id="1.0 kept alive",
     ),
 ]
 
@@ -50,9 +58,13 @@ GARBAGE = [
     pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", "not valid HTTP", id="negative length"),
     pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", "not valid HTTP", id="two lengths"),
     pytest.param(
-        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "not valid HTTP", id="length and chunks"
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "not valid HTTP",
+        id="length and chunks",
     ),
-    pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "not valid HTTP", id="chunk size is no number"),
+    pytest.param(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "not valid HTTP", id="chunk size is no number"
+    ),
     pytest.param(PLAIN + PLAIN, "more bytes than one reply", id="two replies to one query"),
     pytest.param(PLAIN + b"x", "not valid HTTP|more bytes", id="a byte too many"),
     pytest.param(b"HTTP/1.1 101 Switching\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\n", "switched protocols", id="101"),
@@ -77,7 +89,9 @@ def test_reply_is_understood_however_it_is_split(reply: bytes, status: int, body
         assert (reader.status, reader.body_bytes) == (status, body_bytes)
 
 
-@pytest.mark.parametrize(("reply", "status", "body_bytes", "end"), [row for row in REPLIES if row.values[3] is Progress.COMPLETE])
+@pytest.mark.parametrize(
+    ("reply", "status", "body_bytes", "end"), [row for row in REPLIES if row.values[3] is Progress.COMPLETE]
+)
 def test_a_connection_reads_one_reply_after_another(reply: bytes, status: int, body_bytes: int, end: Progress) -> None:
     memo: HeaderMemo = {}
     reader = ResponseReader(memo)

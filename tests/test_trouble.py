@@ -158,9 +158,7 @@ def test_a_server_killed_mid_run_fails_and_nothing_hangs(tmp_path: Path) -> None
 
         load = {"target_qps": 200, "min_duration_s": 4, "drain_timeout_s": 2}
         begun_ns = now_ns()
-        document, _ = run(
-            profile_data(server.urls["http"], constraints=PATIENT, load=load), tmp_path / "run", Quiet(kill)
-        )
+        document, _ = run(profile_data(server.urls["http"], constraints=PATIENT, load=load), tmp_path / "run", Quiet(kill))
         assert now_ns() - begun_ns < 15e9
     assert document["verdict"] == "FAIL", document["trust"]["reasons"]
     assert_books_balance(document)

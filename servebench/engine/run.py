@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import uvloop
-from pydantic import BaseModel, ValidationError
 
 from servebench import __version__
 from servebench.clock import now_ns
+from servebench.engine.closing import check_outputs, merge_errors
 from servebench.engine.fleet import Fleet, WorkerEnd
-from servebench.engine.output_check import OutputCheck
+from servebench.engine.hosting import launched, launcher_options
 from servebench.engine.preparation import (
     Preparation,
     check_cpus,
@@ -37,18 +37,15 @@ from servebench.engine.preparation import (
     worker_settings,
 )
 from servebench.engine.worker import ssl_context
-from servebench.errors import ProfileError, ServebenchError
-from servebench.launcher import Launcher, RunningServer, find_launcher
-from servebench.profile import Profile, describe_validation_error
+from servebench.errors import ServebenchError
+from servebench.launcher import RunningServer
+from servebench.profile import Profile
 from servebench.record.columns import Columns
 from servebench.record.environment import collect_environment, cpu_times, throttled_periods
-from servebench.record.outcome import Outcome
 from servebench.record.progress import ProgressReader, Snapshot
 from servebench.record.replies import read_replies
 from servebench.record.rundir import ENVIRONMENT, FACTS, SERVER, RunDirectory
 from servebench.transport.control import Discovery, discover
-from servebench.wire.http1 import ProtocolFault, parse_reply
-from servebench.wire.kserve import error_text
 
 #: Time between the order to start and t=0: covers the order's way and the workers' first touch of the columns.
 _LEAD_NS = 100_000_000
@@ -76,12 +73,15 @@ def run_profile(profile: Profile, out: Path, *, command: list[str], observer: Ob
     """
     check_cpus(profile)
     query_headers(profile)
-    launcher, options = _launcher_options(profile)
+    launcher, options = launcher_options(profile)
     directory = RunDirectory.create(out)
     run = _Run(profile, directory, command, observer)
     try:
-        with _sigterm_interrupts(), _launched(launcher, profile, options, directory, observer) as server:
-            run.server = server
+        with _sigterm_interrupts(), contextlib.ExitStack() as stack:
+            if launcher is not None:
+                observer.phase(f"starting {launcher.name}")
+                run.server = stack.enter_context(launched(launcher, profile.endpoint.model, options, out / SERVER))
+                stack.callback(observer.phase, f"stopping {launcher.name}")
             uvloop.run(run.execute())
     except (ServebenchError, KeyboardInterrupt) as error:
         if not run.started:
@@ -92,14 +92,6 @@ def run_profile(profile: Profile, out: Path, *, command: list[str], observer: Ob
     finally:
         directory.unlock()
     return run.state
-
-
-def check_launch_options(launcher: Launcher, given: dict[str, Any], *, source: str) -> BaseModel:
-    """The launcher's options as a value; `ProfileError` names the key."""
-    try:
-        return launcher.Options.model_validate(given)
-    except ValidationError as error:
-        raise ProfileError(f"{source}.{describe_validation_error(error, launcher.Options)}") from None
 
 
 class _Run:
@@ -142,11 +134,7 @@ class _Run:
         raise_open_files_limit()
         requests_fd = encode_requests(profile, preparation, found.model, url)
         try:
-            settings = worker_settings(profile, preparation, directory, url, requests_fd)
-            await self._fleet.start(settings)
-        finally:
-            os.close(requests_fd)
-        try:
+            await self._fleet.start(worker_settings(profile, preparation, directory, url, requests_fd))
             facts["workers"] = [
                 {"worker": worker, "rows": count, "pid": pid, "state": "lost", "exit": None, "stats": None}
                 for worker, (count, pid) in enumerate(zip(rows, self._fleet.pids, strict=True))
@@ -154,8 +142,11 @@ class _Run:
             directory.write_json(FACTS, facts)
             self.started = True
             ends = await self._phases(rows)
+        except ServebenchError as error:
+            self._fail(error)
+            raise
         finally:
-            self._fleet.cut() if self._interrupts > 1 else None
+            os.close(requests_fd)
             await self._fleet.close()
         self._close_books(preparation, ends)
 
@@ -212,6 +203,12 @@ class _Run:
         else:
             raise KeyboardInterrupt
 
+    def _fail(self, error: ServebenchError) -> None:
+        """Say in the facts why the run ended early; what was measured stays."""
+        if self.started:
+            self.state, self._facts["state"], self._facts["stop_reason"] = "failed", "failed", str(error)
+            self._directory.finish(self._facts)
+
     def _describe_server(self, url: str, found: Discovery) -> dict[str, Any]:
         described: dict[str, Any] = {"url": url, "launch": self._profile.server.launch}
         if self.server is not None:
@@ -229,7 +226,7 @@ class _Run:
         facts["workers"] = [
             facts["workers"][end.worker] | {"state": end.state, "exit": end.exit, "stats": end.stats} for end in ends
         ]
-        facts["errors"] = _merge_errors(ends, workers)
+        facts["errors"] = merge_errors(ends, workers)
         if self.server is not None:
             facts["server"]["exit_code"] = self.server.exit_code()
         lost = [end for end in ends if end.state == "lost"]
@@ -240,7 +237,7 @@ class _Run:
             kept |= {row * workers + worker: reply for row, reply in read_replies(path).items()}
             path.unlink(missing_ok=True)
             directory.columns_path(worker, "warmup").unlink(missing_ok=True)
-        facts["output_check"] = _check_outputs(preparation.check, kept, columns, facts["errors"]) | {
+        facts["output_check"] = check_outputs(preparation.check, kept, columns, facts["errors"]) | {
             "wanted": len(preparation.keep_queries),
             "golden": profile.output_check.golden is not None or preparation.library.golden is not None,
         }
@@ -253,44 +250,6 @@ class _Run:
             self.state = "complete"
         facts["state"] = self.state
         directory.finish(facts)
-
-
-def _launcher_options(profile: Profile) -> tuple[Launcher | None, BaseModel | None]:
-    if profile.server.launch is None:
-        return None, None
-    launcher = find_launcher(profile.server.launch)
-    return launcher, check_launch_options(launcher, profile.server.options, source="server.options")
-
-
-@contextlib.contextmanager
-def _launched(
-    launcher: Launcher | None, profile: Profile, options: BaseModel | None, directory: RunDirectory, observer: Observer
-) -> Iterator[RunningServer | None]:
-    """The launched server, or None; afterwards its log and configuration stand in the run directory's ``server/``."""
-    if launcher is None:
-        yield None
-        return
-    keep = directory.path / SERVER
-    work = keep / "work"
-    work.mkdir()
-    observer.phase(f"starting {launcher.name}")
-    server: RunningServer | None = None
-    try:
-        server = launcher.launch(profile.endpoint.model, options, work)
-        yield server
-    finally:
-        if server is not None:
-            observer.phase(f"stopping {launcher.name}")
-            server.stop()
-        _keep_server_files(server, work, keep)
-
-
-def _keep_server_files(server: RunningServer | None, work: Path, keep: Path) -> None:
-    files = [server.log_path, *server.config_files()] if server is not None else list(work.rglob("*.log"))
-    for file in files:
-        with contextlib.suppress(OSError):
-            shutil.copyfile(file, keep / file.name)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _discard_unless_log(directory: RunDirectory) -> None:
@@ -336,63 +295,4 @@ def _clocks() -> dict[str, int]:
         "monotonic_ns": now_ns(),
         "realtime_ns": time.time_ns(),
         "boottime_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-    }
-
-
-def _merge_errors(ends: list[WorkerEnd], workers: int) -> list[dict[str, Any]]:
-    merged: dict[tuple[str, str], dict[str, Any]] = {}
-    for end in ends:
-        for error in end.errors:
-            detail = error["detail"]
-            if error["example_reply"]:
-                detail = f"{detail}: {_server_words(error['example_reply'].encode('latin-1'))}"
-            entry = merged.setdefault(
-                (error["kind"], error["detail"]),
-                {
-                    "kind": error["kind"],
-                    "detail": detail,
-                    "count": 0,
-                    "example": error["example_row"] * workers + end.worker,
-                },
-            )
-            entry["count"] += error["count"]
-    return sorted(merged.values(), key=lambda entry: -entry["count"])
-
-
-def _server_words(reply: bytes) -> str:
-    try:
-        _, _, body = parse_reply(reply)
-    except ProtocolFault:
-        body = reply
-    return error_text(body)
-
-
-def _check_outputs(
-    check: OutputCheck, kept: dict[int, bytes], columns: list[Columns], errors: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Check the kept replies of ok queries; a wrong one's record becomes OUTPUT, and an error."""
-    workers = len(columns)
-    checked = 0
-    wrong: list[tuple[int, str]] = []
-    for query, raw in sorted(kept.items()):
-        one, row = columns[query % workers], query // workers
-        if one.array("outcome")[row] != Outcome.OK:
-            continue
-        checked += 1
-        try:
-            status, headers, body = parse_reply(raw)
-            problem = check.check(int(one.array("sample")[row]), status, headers, body)
-        except ProtocolFault as fault:
-            problem = str(fault)
-        if problem is not None:
-            one.array("outcome")[row] = Outcome.OUTPUT
-            wrong.append((query, problem))
-    if wrong:
-        query, detail = wrong[0]
-        errors.append({"kind": Outcome.OUTPUT.kind, "detail": detail, "count": len(wrong), "example": query})
-    return {
-        "kept": len(kept),
-        "checked": checked,
-        "wrong": len(wrong),
-        "first_wrong": {"query": wrong[0][0], "detail": wrong[0][1]} if wrong else None,
     }

@@ -30,8 +30,11 @@ from servebench.record.rundata import RunData
 LATE_PART_OF_BOUND = 0.1
 #: ... but not before this: less is what timers and schedulers do on any machine.
 LATE_FLOOR_NS = 1_000_000
-#: Late queries may use up this part of a promise's budget before the run is INVALID, and a tenth of it before it is DEGRADED.
-PARTS_OF_BUDGET: dict[Severity, float] = {"INVALID": 0.25, "DEGRADED": 0.025}
+#: Late queries as a part of a promise's budget. Lateness adds to response times, so it can make a server fail but not pass;
+#: beyond the whole budget, though, the arrivals are not those that were planned.
+LATE_PARTS_OF_BUDGET: dict[Severity, float] = {"INVALID": 1.0, "DEGRADED": 0.25}
+#: Queries that only the client's lateness put over the bound: these decide a verdict, so a quarter of the budget is too much.
+DECISIVE_PART_OF_BUDGET = 0.25
 #: This many late queries are an accident, whatever the share.
 ACCIDENTS = 1
 #: More late queries than this share is DEGRADED whatever was promised, when late against their own service time ...
@@ -78,6 +81,14 @@ class Lateness:
     def delay_ns(self) -> npt.NDArray[np.int64]:
         """Issue delay of every planned query; 0 for one that was not issued."""
         return np.where(self._run.issued_ns >= 0, self._run.issued_ns - self._run.scheduled_ns, 0)
+
+    def decisive(self, bound_ns: int) -> npt.NDArray[np.bool_]:
+        """Queries with a reply whose response time is over the bound and whose service time is not."""
+        run = self._run
+        ok = (run.outcome == Outcome.OK) & (run.issued_ns >= 0)
+        over = run.completed_ns - run.scheduled_ns > bound_ns
+        decisive: npt.NDArray[np.bool_] = ok & over & (run.completed_ns - run.issued_ns <= bound_ns)
+        return decisive
 
     def blame(self, late: npt.NDArray[np.bool_]) -> Blame:
         """Who held back the queries of a mask over all rows."""
@@ -148,18 +159,25 @@ def _late_shares(evidence: Evidence, lateness: Lateness) -> list[Reason]:
     reasons: list[Reason] = []
     issued = evidence.summary.delay.count
     for promise in evidence.promises:
+        if not promise.budget:
+            continue
         late_ns = max(LATE_FLOOR_NS, int(promise.bound_ns * LATE_PART_OF_BOUND))
         blame = lateness.blame(lateness.delay_ns > late_ns)
         late = sum(astuple(blame))
-        for severity, part in PARTS_OF_BUDGET.items():
-            if promise.budget and late > ACCIDENTS:
+        text = (
+            f"{late} of {issued} queries ({say_share(late / max(issued, 1))}) were issued over {say_time(late_ns)} late, "
+            f"where {promise.text!r} lets {say_share(promise.budget)} of them be over the bound"
+        )
+        for severity, part in LATE_PARTS_OF_BUDGET.items():
+            if late > ACCIDENTS:
                 share = part * promise.budget
-                text = (
-                    f"{late} of {issued} queries ({say_share(late / issued)}) were issued over {say_time(late_ns)} late, "
-                    f"which uses up over {say_share(part)} of the {say_share(promise.budget)} that {promise.text!r} "
-                    "leaves to the server"
-                )
                 reasons += _charge(blame, share * issued, severity, text, late / issued, share)
+        decisive = lateness.blame(lateness.decisive(promise.bound_ns))
+        count = sum(astuple(decisive))
+        if count > ACCIDENTS:
+            share = DECISIVE_PART_OF_BUDGET * promise.budget
+            text = f"{count} of {issued} queries are over the bound of {promise.text!r} only because they were issued late"
+            reasons += _charge(decisive, share * issued, "INVALID", text, count / issued, share)
     return reasons
 
 

@@ -159,7 +159,9 @@ def _shed(evidence: Evidence) -> list[Reason]:
     if not counts.shed or run_state(evidence.run.facts) != "complete":
         return []
     share = counts.shed / counts.planned
-    why = f"client.max_outstanding = {cap} queries a worker were out" if cap is not None else "no connection came free in time"
+    errors = evidence.run.facts.get("errors") or []
+    known = next((error["detail"] for error in errors if error.get("kind") == Outcome.SHED.kind), "no reason was recorded")
+    why = f"client.max_outstanding = {cap} queries a worker were out" if cap is not None else known
     text = (
         f"{counts.shed} of {counts.planned} queries ({say_share(share)}) were never sent: {why}; they count as over every bound"
     )

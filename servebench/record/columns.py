@@ -74,7 +74,7 @@ class Columns:
 
     @classmethod
     def create(cls, path: Path, *, rows: int, worker: int, workers: int) -> Columns:
-        """A new file with every row NOT_ISSUED; its blocks are reserved, so a full disk fails here and not mid-run (`OSError`)."""
+        """A new file, every row NOT_ISSUED. Its blocks are reserved: a full disk is an `OSError` here and no crash mid-run."""
         size = file_bytes(rows)
         with path.open("x+b") as file:
             os.posix_fallocate(file.fileno(), 0, size)

@@ -156,7 +156,7 @@ class ResponseReader:
     def on_message_begin(self) -> None:
         self._extra = self._complete
 
-    def on_header(self, name: bytes, value: bytes) -> None:  # noqa: ARG002
+    def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() in (b"content-length", b"transfer-encoding"):
             self._framed = True
 

@@ -1,0 +1,134 @@
+"""A null model server: nginx that answers KServe requests for one model with constant replies.
+
+What is left of a measurement against it is the client, the loopback network and the kernel. One
+nginx worker process on one core, no logs, no disk; the request's body is read and dropped.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+from servebench_servers.process import ServerProcess, free_port
+
+from servebench.errors import LaunchError
+
+MODEL = "null"
+INFER_PATH = f"/v2/models/{MODEL}/infer"
+#: Reply of every path that is served. Input and output are FP32 rows of four numbers.
+REPLIES = {
+    "/v2": '{"name":"nginx","version":"null model server","extensions":[]}',
+    "/v2/health/ready": "",
+    f"/v2/models/{MODEL}": (
+        f'{{"name":"{MODEL}","versions":["1"],"platform":"null",'
+        '"inputs":[{"name":"INPUT","datatype":"FP32","shape":[-1,4]}],'
+        '"outputs":[{"name":"OUTPUT","datatype":"FP32","shape":[-1,4]}]}'
+    ),
+    f"/v2/models/{MODEL}/config": f'{{"name":"{MODEL}","platform":"null","max_batch_size":1}}',
+    INFER_PATH: (
+        f'{{"model_name":"{MODEL}","model_version":"1",'
+        '"outputs":[{"name":"OUTPUT","datatype":"FP32","shape":[1,4],"data":[0.0,1.0,2.0,3.0]}]}'
+    ),
+}
+#: More than an open loop that fell behind for some seconds opens; `listen` queues as many as the kernel allows.
+_MAX_CONNECTIONS = 32_768
+_READY_DEADLINE_S = 10.0
+_TEMP_PATHS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+
+
+def find_nginx() -> str | None:
+    """The nginx on the PATH, or where Debian installs it beside the PATH of ordinary users; None when there is none."""
+    return shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
+
+
+def build_facts(nginx: str) -> str:
+    """What ``nginx -V`` says: its version and the modules it was built with or without."""
+    return subprocess.run([nginx, "-V"], capture_output=True, text=True, check=True).stderr
+
+
+def render_config(port: int, directory: Path, facts: str) -> str:
+    """The configuration file: the model on 127.0.0.1:``port``, with every file that nginx makes below ``directory``.
+
+    ``facts`` is `build_facts`: a module's scratch path is set only where the module is built in, because
+    nginx refuses directives it does not know, and without it wants to write to the system's folders.
+    """
+    scratch = [
+        f"{name}_temp_path {directory / name};"
+        for name in _TEMP_PATHS
+        if f"--without-http_{name}_module" not in facts
+    ]
+    locations = [f"location = {path} {{ return 200 '{reply}'; }}" for path, reply in REPLIES.items()]
+    return "\n".join(
+        [
+            "daemon off;",
+            "worker_processes 1;",
+            f"worker_rlimit_nofile {_MAX_CONNECTIONS + 64};",
+            f"pid {directory / 'nginx.pid'};",
+            "error_log stderr error;",
+            f"events {{ worker_connections {_MAX_CONNECTIONS}; }}",
+            "http {",
+            "access_log off;",
+            *scratch,
+            "default_type application/json;",
+            "keepalive_requests 1000000000;",
+            "keepalive_timeout 1h;",
+            "server {",
+            f"listen 127.0.0.1:{port} backlog=4096;",
+            *locations,
+            "}",
+            "}",
+            "",
+        ]
+    )
+
+
+class NullServer:
+    """A running null server on the given CPUs; use it as a context manager, from the main thread.
+
+    Raises `LaunchError` with nginx's own words when it does not start.
+    """
+
+    def __init__(self, nginx: str, cpus: Sequence[int]) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="null-server-")
+        directory = Path(self._scratch.name)
+        facts = build_facts(nginx)
+        version = re.search(r"nginx/\S+", facts)
+        self.version = version[0] if version else "nginx"
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        config = directory / "nginx.conf"
+        config.write_text(render_config(port, directory, facts), encoding="utf-8")
+        argv = [nginx, "-p", str(directory), "-c", str(config)]
+        try:
+            self._process = ServerProcess("nginx", argv, directory / "nginx.log", cpus=cpus)
+            self._process.wait_ready(self._is_ready, _READY_DEADLINE_S)
+        except BaseException:
+            self._scratch.cleanup()
+            raise
+
+    def __enter__(self) -> NullServer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._process.stop()
+        self._scratch.cleanup()
+
+    def cpu_s(self) -> float:
+        """CPU time that nginx has used so far, in seconds."""
+        parent = psutil.Process(self._process.pid)
+        times = [process.cpu_times() for process in (parent, *parent.children())]
+        return sum(one.user + one.system for one in times)
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/v2/health/ready", timeout=1) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False

@@ -1,0 +1,54 @@
+"""The server of a run: launched before it, stopped after it, its log and configuration kept with it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from servebench.errors import ProfileError
+from servebench.launcher import Launcher, RunningServer, find_launcher
+from servebench.profile import Profile, describe_validation_error
+
+
+def check_launch_options(launcher: Launcher, given: dict[str, Any], *, source: str) -> BaseModel:
+    """The launcher's options as a value; `ProfileError` names the key."""
+    try:
+        return launcher.Options.model_validate(given)
+    except ValidationError as error:
+        raise ProfileError(f"{source}.{describe_validation_error(error, launcher.Options)}") from None
+
+
+def launcher_options(profile: Profile) -> tuple[Launcher | None, BaseModel | None]:
+    """The launcher that a profile names and its options, or Nones. `ProfileError` for what is not there or not allowed."""
+    if profile.server.launch is None:
+        return None, None
+    launcher = find_launcher(profile.server.launch)
+    return launcher, check_launch_options(launcher, profile.server.options, source="server.options")
+
+
+@contextlib.contextmanager
+def launched(launcher: Launcher, model: str, options: BaseModel | None, folder: Path) -> Iterator[RunningServer]:
+    """A running server; afterwards ``folder`` holds its log and configuration, and nothing else of it."""
+    work = folder / "work"
+    work.mkdir()
+    server: RunningServer | None = None
+    try:
+        server = launcher.launch(model, options, work)
+        yield server
+    finally:
+        if server is not None:
+            server.stop()
+        _keep_files(server, work, folder)
+
+
+def _keep_files(server: RunningServer | None, work: Path, folder: Path) -> None:
+    files = [server.log_path, *server.config_files()] if server is not None else list(work.rglob("*.log"))
+    for file in files:
+        with contextlib.suppress(OSError):
+            shutil.copyfile(file, folder / file.name)
+    shutil.rmtree(work, ignore_errors=True)
