@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import click
 from servebench.errors import LaunchError, ProfileError, ServebenchError
 
 if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
+    from pydantic import BaseModel
     from rich.console import Console
 
 _EXIT_FAILURE, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
@@ -157,7 +157,7 @@ class _Launchers(click.Group):
         if cmd_name not in launcher_names():
             return None
         launcher = find_launcher(cmd_name)
-        options = "\n".join(_option_help(name, field) for name, field in launcher.Options.model_fields.items())
+        options = "\n".join(_option_help(launcher.Options))
         default_model = "stub" if cmd_name == "stub" else None
         return click.Command(
             cmd_name,
@@ -173,14 +173,22 @@ class _Launchers(click.Group):
         )
 
 
-def _option_help(name: str, field: FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True)
-    shown = (
-        default.model_dump_json(exclude_defaults=True)
-        if hasattr(default, "model_dump_json")
-        else json.dumps(default, default=str)
-    )
-    return f"  {name} (default {shown})\n      {field.description or ''}"
+def _option_help(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """A launcher's options with defaults and descriptions, those of nested sections below their own."""
+    from typing import get_args
+
+    from pydantic import BaseModel
+
+    for name, field in model.model_fields.items():
+        default = "required"
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            value = value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else value
+            default = f"default {json.dumps(value, default=str)}"
+        yield f"  {prefix}{name} ({default})\n      {field.description or ''}"
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _option_help(part, f"{prefix}{name}.")
 
 
 @main.group(cls=_Launchers, short_help="Start a bundled server and keep it up.")
