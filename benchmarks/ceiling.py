@@ -11,27 +11,20 @@ Exit codes: 0 the floor is met, 1 it is not or a run failed, 2 the machine lacks
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import numpy as np
-
-from benchmarks.nginx import INFER_PATH, INPUT, MODEL, NullServer, find_nginx
-from servebench.clock import now_ns
+from benchmarks.nginx import MODEL, NullServer, find_nginx
+from benchmarks.peers import WRK_CONNECTIONS, ping_pong_p50_ns, wrk_qps
 from servebench.engine.run import run_profile
-from servebench.errors import RunError, ServebenchError
+from servebench.errors import ServebenchError
 from servebench.profile import parse_profile
 from servebench.record.environment import collect_environment
 from servebench.record.files import write_json
@@ -39,8 +32,6 @@ from servebench.record.progress import Snapshot
 from servebench.record.rundir import read_run
 from servebench.report.console import format_duration
 from servebench.report.rewrite import rewrite_reports
-from servebench.wire.http1 import encode_request
-from servebench.wire.kserve import encode_infer
 
 RESULT = Path(__file__).parent / "results" / "ceiling.json"
 
@@ -53,7 +44,6 @@ MIN_ON_TIME_SHARE = 0.995
 MAX_TRIES = 3
 
 IDLE_QPS = 1_000
-WRK_CONNECTIONS = 16
 WRK_S = 4
 
 
@@ -76,7 +66,6 @@ class Step:
     server_cpu_share: float
     connections: int
     trust: str
-    tries: int = 1
 
     @property
     def problems(self) -> list[str]:
@@ -181,74 +170,131 @@ def measure_step(server: NullServer, cpus: Sequence[int], target_qps: float, *, 
     return step_of(document, on_time_share=float(on_time.mean()), server_cpu_share=phases.server_cpu_share())
 
 
-def query(url: str) -> tuple[bytes, list[tuple[str, str]]]:
-    """Body and headers of the query that every measurement here sends."""
-    return encode_infer([INPUT], {INPUT.name: np.zeros((1, 4), dtype=np.float32)}, tensor_format="json")
+_COLUMNS = (
+    "rate/s",
+    "issued/s",
+    "delay p50",
+    "p99",
+    "max",
+    "response p50",
+    "p99",
+    "worker CPU",
+    "nginx CPU",
+    "connections",
+)
+_WIDTHS = (8, 9, 10, 9, 9, 13, 9, 11, 10, 12)
 
 
-def ping_pong_p50_ns(url: str, cpus: Sequence[int], *, rate_qps: float = IDLE_QPS, duration_s: float = STEP_S) -> int:
-    """Median service time of a blocking socket that spins for each Poisson arrival: the least that Python can measure."""
-    parts = urlsplit(url)
-    body, headers = query(url)
-    request = encode_request("POST", INFER_PATH, parts.netloc, headers, body)
-    gaps, times_ns = random.Random(0), []
-    with _pinned(cpus), socket.create_connection((parts.hostname, parts.port)) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        due_ns = now_ns()
-        end_ns = due_ns + round(duration_s * 1e9)
-        while due_ns < end_ns:
-            while now_ns() < due_ns:
-                pass
-            sent_ns = now_ns()
-            sock.sendall(request)
-            sock.recv(65536)  # a reply this small comes in one piece
-            times_ns.append(now_ns() - sent_ns)
-            due_ns += round(gaps.expovariate(rate_qps) * 1e9)
-    return int(np.median(times_ns))
+def header_line() -> str:
+    """The table's head."""
+    return _line(_COLUMNS, "clean?")
 
 
-def wrk_script(body: str, headers: Sequence[tuple[str, str]]) -> str:
-    """wrk's Lua script: the query, and a last line for `parse_wrk`."""
-    return "\n".join(
-        [
-            'wrk.method = "POST"',
-            f"wrk.body = [==[{body}]==]",
-            *(f'wrk.headers["{name}"] = "{value}"' for name, value in headers),
-            "function done(summary)",
-            "  local e = summary.errors",
-            "  local failed = e.connect + e.read + e.write + e.timeout + e.status",
-            '  io.write(string.format("RESULT %d %d %d\\n", summary.requests, summary.duration, failed))',
-            "end",
-            "",
-        ]
+def step_line(step: Step) -> str:
+    """A step as a line of the table."""
+    cells = (
+        f"{step.target_qps:,.0f}",
+        f"{step.issued_qps:,.0f}",
+        format_duration(step.delay_p50_ns),
+        format_duration(step.delay_p99_ns),
+        format_duration(step.delay_max_ns),
+        _duration(step.response_p50_ns),
+        _duration(step.response_p99_ns),
+        f"{step.worker_cpu_share:.0%}",
+        f"{step.server_cpu_share:.0%}",
+        f"{step.connections:,}",
     )
+    return _line(cells, "no: " + ", ".join(step.problems) if step.problems else "clean")
 
 
-def parse_wrk(output: str) -> float:
-    """Replies a second out of wrk's output. `RunError` when it failed, or a request did."""
-    for line in output.splitlines():
-        match line.split():
-            case ["RESULT", requests, duration_us, "0"]:
-                return int(requests) / (int(duration_us) / 1e6)
-    raise RunError(f"wrk did not measure: {' '.join(output.split()) or 'it wrote nothing'}")
+def floor_line(best: Step | None) -> str:
+    """Whether the floor is met, in a sentence."""
+    wanted = f"{FLOOR_QPS:,} Poisson queries/s on one core with p99 issue delay <= {format_duration(MAX_DELAY_P99_NS)}"
+    if best is None:
+        return f"Floor NOT met: no rate was clean; required are {wanted}."
+    found = f"{best.target_qps:,.0f}/s with {format_duration(best.delay_p99_ns)}"
+    if best.target_qps < FLOOR_QPS:
+        return f"Floor NOT met: highest clean rate {found}; required are {wanted}."
+    return f"Floor met: highest clean rate {found}; required are {wanted}."
 
 
-def wrk_qps(wrk: str, url: str, cpus: Sequence[int]) -> float:
-    """The closed-loop rate of wrk with one thread on ``cpus``: the next query follows a reply, so it waits for the server."""
-    body, headers = query(url)
-    with tempfile.TemporaryDirectory(prefix="wrk-") as scratch, _pinned(cpus):
-        script = Path(scratch) / "query.lua"
-        script.write_text(wrk_script(body.decode(), headers), encoding="utf-8")
-        argv = [wrk, "-t1", f"-c{WRK_CONNECTIONS}", f"-d{WRK_S}s", "-s", str(script), url + INFER_PATH]
-        return parse_wrk(subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout)
-
-
-@contextlib.contextmanager
-def _pinned(cpus: Sequence[int]) -> Iterator[None]:
-    """Keep this thread, and what it starts, on ``cpus``."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cpus)
+def main() -> int:
+    """Entry point; returns the exit code."""
+    nginx, cpus = find_nginx(), sorted(os.sched_getaffinity(0))
+    if nginx is None:
+        print("nginx was not found, and the null server is one: apt install nginx-light", file=sys.stderr)
+        return 2
+    if len(cpus) < 2:
+        print("one CPU is not enough: nginx and the worker need one each", file=sys.stderr)
+        return 2
     try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+        with NullServer(nginx, cpus[:1]) as server:
+            best = _measure_all(server, cpus[-1:])
+    except ServebenchError as error:
+        print(f"the measurement failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0 if best is not None and best.target_qps >= FLOOR_QPS else 1
+
+
+def _measure_all(server: NullServer, cpus: Sequence[int]) -> Step | None:
+    environment = collect_environment()
+    print(f"One worker on CPU {cpus[0]} of {environment['cpus']} ({environment['cpu_model']}), {server.version} on another.")
+    print(f"Each rate: 1 s of warm-up, {STEP_S:g} s measured, at most {MAX_TRIES} tries because machines are shared.")
+    print(
+        f"Clean: p99 issue delay <= {format_duration(MAX_DELAY_P99_NS)}, no query failed, "
+        f">= {MIN_ON_TIME_SHARE:.1%} issued within the schedule, and the run is not INVALID.\n"
+    )
+    print(header_line(), flush=True)
+    steps: list[Step] = []
+
+    def seen(step: Step) -> None:
+        steps.append(step)
+        print(step_line(step), flush=True)
+
+    best = climb(lambda rate_qps: measure_step(server, cpus, rate_qps), LADDER_QPS, seen)
+    print(f"\n{floor_line(best)}", flush=True)
+
+    wrk, wrk_rate_qps = shutil.which("wrk"), None
+    if wrk is None:
+        print("wrk is not on the PATH: no comparison with its closed loop.")
+    else:
+        wrk_rate_qps = wrk_qps(wrk, server.url, cpus, duration_s=WRK_S)
+        ratio = f"; the highest clean rate is {best.target_qps / wrk_rate_qps:.0%} of it" if best else ""
+        print(f"wrk, closed loop, 1 thread, {WRK_CONNECTIONS} connections: {wrk_rate_qps:,.0f}/s{ratio}.", flush=True)
+
+    idle = measure_step(server, cpus, IDLE_QPS)
+    ping_pong_ns = ping_pong_p50_ns(server.url, cpus, rate_qps=IDLE_QPS, duration_s=STEP_S)
+    print(
+        f"At {IDLE_QPS:,}/s: service time p50 {_duration(idle.service_p50_ns)}, "
+        f"a blocking socket's ping-pong {format_duration(ping_pong_ns)}: ratio {(idle.service_p50_ns or 0) / ping_pong_ns:.2f}."
+    )
+    RESULT.parent.mkdir(exist_ok=True)
+    write_json(
+        RESULT,
+        {
+            "schema": "servebench.ceiling/1",
+            "floor_qps": FLOOR_QPS,
+            "highest_clean_qps": best.target_qps if best else None,
+            "steps": [asdict(step) | {"problems": step.problems} for step in steps],
+            "wrk": {"threads": 1, "connections": WRK_CONNECTIONS, "qps": wrk_rate_qps},
+            "idle": {"target_qps": IDLE_QPS, "service_p50_ns": idle.service_p50_ns, "ping_pong_p50_ns": ping_pong_ns},
+            "server": server.version,
+            "environment": environment,
+        },
+    )
+    print(f"Written to {RESULT}")
+    return best
+
+
+def _line(cells: Sequence[str], last: str) -> str:
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)) + f"   {last}"
+
+
+def _duration(value_ns: int | None) -> str:
+    return "-" if value_ns is None else format_duration(value_ns)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

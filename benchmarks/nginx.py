@@ -18,20 +18,22 @@ from types import TracebackType
 import psutil
 from servebench_servers.process import ServerProcess, free_port
 
-from servebench.errors import LaunchError
+from servebench.wire.kserve import infer_path, model_path
+from servebench.wire.tensors import TensorSpec
 
 MODEL = "null"
-INFER_PATH = f"/v2/models/{MODEL}/infer"
-#: Reply of every path that is served. Input and output are FP32 rows of four numbers.
+INFER_PATH = infer_path(MODEL)
+INPUT = TensorSpec("INPUT", "FP32", (-1, 4))
+#: The reply of every path that is served.
 REPLIES = {
     "/v2": '{"name":"nginx","version":"null model server","extensions":[]}',
     "/v2/health/ready": "",
-    f"/v2/models/{MODEL}": (
+    model_path(MODEL): (
         f'{{"name":"{MODEL}","versions":["1"],"platform":"null",'
-        '"inputs":[{"name":"INPUT","datatype":"FP32","shape":[-1,4]}],'
+        f'"inputs":[{{"name":"{INPUT.name}","datatype":"{INPUT.datatype}","shape":{list(INPUT.shape)}}}],'
         '"outputs":[{"name":"OUTPUT","datatype":"FP32","shape":[-1,4]}]}'
     ),
-    f"/v2/models/{MODEL}/config": f'{{"name":"{MODEL}","platform":"null","max_batch_size":1}}',
+    f"{model_path(MODEL)}/config": f'{{"name":"{MODEL}","platform":"null","max_batch_size":1}}',
     INFER_PATH: (
         f'{{"model_name":"{MODEL}","model_version":"1",'
         '"outputs":[{"name":"OUTPUT","datatype":"FP32","shape":[1,4],"data":[0.0,1.0,2.0,3.0]}]}'
@@ -59,11 +61,7 @@ def render_config(port: int, directory: Path, facts: str) -> str:
     ``facts`` is `build_facts`: a module's scratch path is set only where the module is built in, because
     nginx refuses directives it does not know, and without it wants to write to the system's folders.
     """
-    scratch = [
-        f"{name}_temp_path {directory / name};"
-        for name in _TEMP_PATHS
-        if f"--without-http_{name}_module" not in facts
-    ]
+    scratch = [f"{name}_temp_path {directory / name};" for name in _TEMP_PATHS if f"--without-http_{name}_module" not in facts]
     locations = [f"location = {path} {{ return 200 '{reply}'; }}" for path, reply in REPLIES.items()]
     return "\n".join(
         [

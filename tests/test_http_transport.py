@@ -54,8 +54,10 @@ class Tape:
     def completed(self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int) -> None:
         self._end(row, End(Outcome.OK, first_byte_ns, at_ns, status, response_bytes))
 
-    def refused(self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int, tail: bytes) -> None:
-        self._end(row, End(Outcome.STATUS, first_byte_ns, at_ns, status, response_bytes, tail.decode("latin-1")))
+    def refused(
+        self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int, detail: str, tail: bytes = b""
+    ) -> None:
+        self._end(row, End(Outcome.STATUS, first_byte_ns, at_ns, status, response_bytes, detail + tail.decode("latin-1")))
 
     def failed(self, row: int, first_byte_ns: int, at_ns: int, outcome: Outcome, detail: str) -> None:
         self._end(row, End(outcome, first_byte_ns, at_ns, detail=detail))

@@ -8,7 +8,8 @@ from servebench.engine.fleet import WorkerEnd
 from servebench.engine.output_check import OutputCheck
 from servebench.record.columns import Columns
 from servebench.record.outcome import Outcome
-from servebench.wire.http1 import ProtocolFault, parse_reply
+from servebench.wire.faults import ProtocolFault
+from servebench.wire.http1 import parse_reply
 from servebench.wire.kserve import error_text
 
 

@@ -76,10 +76,12 @@ class Recorder:
         self._header[_OK_SLOT] += 1
         self._end()
 
-    def refused(self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int, tail: bytes) -> None:
+    def refused(
+        self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int, detail: str, tail: bytes = b""
+    ) -> None:
         self._status[row] = status
         self._response_bytes[row] = response_bytes
-        error = self._store_failure(row, first_byte_ns, at_ns, Outcome.STATUS, f"HTTP {status}")
+        error = self._store_failure(row, first_byte_ns, at_ns, Outcome.STATUS, detail)
         if error.count == 1:
             error.example_reply = tail
         self._end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,20 +11,21 @@ import numpy as np
 
 def write_replies(path: Path, replies: Mapping[int, bytes]) -> None:
     """Write row -> raw reply."""
-    np.savez(
-        path.open("wb"),
-        rows=np.fromiter(replies.keys(), dtype=np.int64, count=len(replies)),
-        ends=np.cumsum([len(reply) for reply in replies.values()], dtype=np.int64),
-        data=np.frombuffer(b"".join(replies.values()), dtype=np.uint8),
-    )
+    with path.open("wb") as file:
+        np.savez(
+            file,
+            rows=np.fromiter(replies.keys(), dtype=np.int64, count=len(replies)),
+            ends=np.cumsum([len(reply) for reply in replies.values()], dtype=np.int64),
+            data=np.frombuffer(b"".join(replies.values()), dtype=np.uint8),
+        )
 
 
 def read_replies(path: Path) -> dict[int, bytes]:
     """Read what `write_replies` wrote; empty when a killed worker left nothing readable."""
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:
             data, ends = stored["data"].tobytes(), stored["ends"].tolist()
             rows = stored["rows"].tolist()
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
-    return {row: data[start:end] for row, start, end in zip(rows, [0, *ends[:-1]], ends, strict=True)}
+    return {row: data[start:end] for row, start, end in zip(rows, [0, *ends], ends, strict=False)}

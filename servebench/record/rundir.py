@@ -109,6 +109,7 @@ def read_run(path: Path) -> RunData:
         columns = [Columns.open(file) for file in files]
     except (OSError, ValueError) as error:
         raise ProfileError(f"{error}") from None
+    _check_complete(path, columns)
     arrays = {name: np.concatenate(parts) for name, parts in _collect(_row_groups(columns)).items()}
     return RunData(facts, _read_json(path / ENVIRONMENT, optional=True), **arrays)
 
@@ -137,6 +138,14 @@ def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ProfileError(f"{path}: expected a JSON object")
     return document
+
+
+def _check_complete(path: Path, columns: list[Columns]) -> None:
+    """Without one worker's rows, the others' would be taken for the whole run. `ProfileError` names the missing worker."""
+    there = {one.header[HeaderSlot.WORKER] for one in columns}
+    missing = sorted(set(range(columns[0].header[HeaderSlot.WORKERS])) - there)
+    if missing:
+        raise ProfileError(f"{path}: the records of worker {missing[0]} are missing: columns-{missing[0]}.bin")
 
 
 def _row_groups(columns: list[Columns]) -> Iterator[dict[str, npt.NDArray[Any]]]:
@@ -177,27 +186,36 @@ def _collect(groups: Iterator[dict[str, npt.NDArray[Any]]]) -> dict[str, list[np
     return collected
 
 
-def _write_queries(columns: list[Columns], path: Path) -> None:
-    names = pa.array([outcome.kind for outcome in Outcome])
+def _arrow_table(group: dict[str, npt.NDArray[Any]]) -> pa.Table:
     codes = np.zeros(max(Outcome) + 1, dtype=np.int8)
     codes[[int(outcome) for outcome in Outcome]] = np.arange(len(Outcome))
+    fields = {}
+    for name, values in group.items():
+        if name == "outcome":
+            words = pa.array([outcome.kind for outcome in Outcome])
+            fields[name] = pa.DictionaryArray.from_arrays(pa.array(codes[values]), words)
+        elif name in _TIMES:
+            fields[name] = pa.array(values, mask=values < 0)
+        else:
+            fields[name] = pa.array(values)
+    return pa.table(fields)
+
+
+def _write_queries(columns: list[Columns], path: Path) -> None:
     writer: pq.ParquetWriter | None = None
     with replacing(path, binary=True) as file:
-        for group in _row_groups(columns):
-            fields = {}
-            for name, values in group.items():
-                if name == "outcome":
-                    fields[name] = pa.DictionaryArray.from_arrays(pa.array(codes[values]), names)
-                elif name in _TIMES:
-                    fields[name] = pa.array(values, mask=values < 0)
-                else:
-                    fields[name] = pa.array(values)
-            table = pa.table(fields)
-            if writer is None:
-                writer = pq.ParquetWriter(file, table.schema, compression="zstd")
-            writer.write_table(table)
-        if writer is not None:
-            writer.close()
+        try:
+            for group in _row_groups(columns):
+                table = _arrow_table(group)
+                if writer is None:
+                    writer = pq.ParquetWriter(file, table.schema, compression="zstd")
+                writer.write_table(table)
+            if writer is not None:
+                writer.close()
+        except OSError:
+            if writer is not None:
+                writer.is_open = False  # or its finalizer fails once more, with a traceback that nobody can catch
+            raise
 
 
 def _read_queries(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -219,6 +237,6 @@ def _read_queries(path: Path) -> dict[str, npt.NDArray[Any]]:
                 arrays[name] = column.fill_null(-1).to_numpy()
             else:
                 arrays[name] = column.to_numpy()
-    except (pa.ArrowException, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise ProfileError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     return arrays

@@ -27,10 +27,13 @@ class Sink(Protocol):
     def completed(self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int) -> None:
         """The whole reply is here, and its ``status`` is a success."""
 
-    def refused(self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int, tail: bytes) -> None:
+    def refused(
+        self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int, detail: str, tail: bytes = b""
+    ) -> None:
         """The whole reply is here, and says that the server could not serve the query.
 
-        ``tail`` is what was received last, for an example of the server's words.
+        Replies alike have the same ``detail``; ``tail`` is what was received last, for an
+        example of the server's words where the detail has none.
         """
 
     def failed(self, row: int, first_byte_ns: int, at_ns: int, outcome: Outcome, detail: str) -> None:
@@ -52,6 +55,9 @@ class TransportStats:
     #: of those, the ones that waited because ``max_connections`` was reached, and for how long in all
     cap_waits: int = 0
     cap_wait_ns: int = 0
+    #: and those that waited because the server's limit of concurrent streams was reached on every channel
+    stream_waits: int = 0
+    stream_wait_ns: int = 0
     #: error text of connection attempts that failed, with counts
     connect_failures: dict[str, int] = field(default_factory=dict)
 

@@ -120,7 +120,7 @@ class FakeTransport:
             if keep:
                 self.sink.reply(row, [end.reply])
         elif end.outcome is Outcome.STATUS:
-            self.sink.refused(row, at_ns, at_ns, end.status, len(end.reply), end.reply)
+            self.sink.refused(row, at_ns, at_ns, end.status, len(end.reply), end.detail, end.reply)
         else:
             self.sink.failed(row, 0, at_ns, end.outcome, end.detail)
 
@@ -129,5 +129,4 @@ class FakeTransport:
             self._send(self._waiting.popleft(), self._idle.pop())
 
 
-def _as_transport(fake: FakeTransport) -> Transport:
-    return fake
+_: type[Transport] = FakeTransport

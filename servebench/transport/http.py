@@ -12,22 +12,20 @@ is its own outcome, STALE.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import socket
 import ssl
 from collections import deque
-from typing import Any, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 from servebench.clock import now_ns
 from servebench.errors import TransportError
 from servebench.record.outcome import Outcome
 from servebench.transport.base import Sink, TransportStats
-from servebench.wire.http1 import HeaderMemo, Progress, ProtocolFault, ResponseReader
+from servebench.transport.connecting import Address, connect, connect_outcome, connect_reason, resolve
+from servebench.wire.faults import ProtocolFault
+from servebench.wire.http1 import HeaderMemo, Progress, ResponseReader
 
-#: Our own host ran out: never the server's fault.
-_CLIENT_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
 _MAX_CONNECTS_IN_FLIGHT = 128
 _IDLE = -1
 
@@ -136,7 +134,7 @@ class Connection(asyncio.Protocol):
         if 200 <= status < 300:
             pool.sink.completed(row, self.first_byte_ns, at_ns, status, reader.body_bytes)
         else:
-            pool.sink.refused(row, self.first_byte_ns, at_ns, status, reader.body_bytes, tail)
+            pool.sink.refused(row, self.first_byte_ns, at_ns, status, reader.body_bytes, f"HTTP {status}", tail)
         if self.chunks is not None:
             pool.sink.reply(row, self.chunks)
             self.chunks = None
@@ -170,7 +168,7 @@ class HttpTransport:
         self._ssl = (ssl_context or ssl.create_default_context()) if parts.scheme == "https" else None
         self._max_connections = max_connections
         self._connect_timeout_s = connect_timeout_s
-        self._address: tuple[socket.AddressFamily, Any] | None = None
+        self._address: Address | None = None
         self._idle: list[Connection] = []
         self._waiting: deque[tuple[int, bytes | memoryview, int, bool]] = deque()
         self._connections: dict[int, Connection] = {}
@@ -188,13 +186,7 @@ class HttpTransport:
 
     async def open(self, connections: int) -> None:
         """Resolve the host once and open ``connections`` ahead (at least one is tried, to find out whether anybody listens)."""
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise TransportError(f"{self._host}: cannot be resolved: {error.strerror}") from None
-        family, _, _, _, address = found[0]
-        self._address = (family, address)
+        self._address = await resolve(self._host, self._port)
         wanted = max(1, min(connections, self._max_connections or connections))
         gate = asyncio.Semaphore(_MAX_CONNECTS_IN_FLIGHT)
 
@@ -208,7 +200,7 @@ class HttpTransport:
 
         failures = [error for error in await asyncio.gather(*(connect_one() for _ in range(wanted))) if error]
         if len(failures) == wanted:
-            raise TransportError(f"{self._host}:{self._port}: cannot connect: {_reason(failures[0])}")
+            raise TransportError(f"{self._host}:{self._port}: cannot connect: {connect_reason(failures[0])}")
 
     def issue(self, row: int, request: bytes | memoryview) -> None:
         idle = self._idle
@@ -288,48 +280,29 @@ class HttpTransport:
         if error is None:
             self.free(task.result())
         elif isinstance(error, OSError):
-            reason = _reason(error)
+            reason = connect_reason(error)
             self.stats.connect_failures[reason] = self.stats.connect_failures.get(reason, 0) + 1
             if self._waiting:
                 row, _, _, _ = self._waiting.popleft()
-                outcome = Outcome.CLIENT if error.errno in _CLIENT_ERRNOS else Outcome.CONNECT
-                self.sink.failed(row, 0, now_ns(), outcome, f"connect: {reason}")
+                self.sink.failed(row, 0, now_ns(), connect_outcome(error), f"connect: {reason}")
                 self._connect_for_waiting()
         else:
             raise error
 
     async def _connect(self) -> Connection:
         assert self._address is not None, "open() comes first"
-        family, address = self._address
-        loop = asyncio.get_running_loop()
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            async with asyncio.timeout(self._connect_timeout_s):
-                await loop.sock_connect(sock, address)
-                number = self._next_number
-                self._next_number += 1
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self, number, direct=self._ssl is None),
-                    sock=sock,
-                    ssl=self._ssl,
-                    server_hostname=self._host if self._ssl else None,
-                )
-        except BaseException:
-            sock.close()
-            raise
+        number = self._next_number
+        self._next_number += 1
+        connection = await connect(
+            Connection(self, number, direct=self._ssl is None),
+            self._address,
+            tls=self._ssl,
+            host=self._host,
+            timeout_s=self._connect_timeout_s,
+        )
         self._connections[number] = connection
         stats = self.stats
         stats.connections_opened += 1
         stats.connections_open += 1
         stats.connections_peak = max(stats.connections_peak, stats.connections_open)
         return connection
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return f"TLS: {error.reason or error}"
-    if isinstance(error, TimeoutError) and error.errno is None:
-        return "no answer within the time allowed"
-    return os.strerror(error.errno) if error.errno else str(error)

@@ -19,6 +19,8 @@ from enum import IntEnum
 
 import httptools
 
+from servebench.wire.faults import ProtocolFault
+
 #: nginx, Apache and h11 cap header blocks between 8 and 64 KiB.
 MAX_HEADER_BYTES = 64 * 1024
 MAX_BODY_BYTES = 1 << 30
@@ -28,10 +30,6 @@ _TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHI
 
 #: header block without its blank line -> (status, body bytes); shared by a transport's readers.
 HeaderMemo = dict[bytes, tuple[int, int]]
-
-
-class ProtocolFault(Exception):
-    """The peer broke HTTP; the text says how."""
 
 
 class Progress(IntEnum):
