@@ -4,11 +4,12 @@
     [response.|service.|delay.](mean|max)      <|<=  <time>      response.max < 1s
     errors                                     <|<=  <share>     errors < 0.1%
     completed                                  >|>=  <share>     completed >= 99%
-    [response.|service.]within(<time>)         >|>=  <share>     within(50ms) >= 99%
+    [response.|service.|delay.]within(<time>)  >|>=  <share>     within(50ms) >= 99%
     goodput(<time>)                            >|>=  <rate>      goodput(50ms) >= 380/s
 
-Times carry a unit (ns, us, ms, s), shares a percent sign, rates ``/s``. Percentiles are
-0-100 exclusive. ``response`` (completed - scheduled) is the default series.
+Times carry a unit (ns, us, ms, s), shares a percent sign, rates ``/s``. Numbers are plain
+decimals of at most 15 digits on either side of the point. Percentiles are 0-100
+exclusive. ``response`` (completed - scheduled) is the default series.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ Kind = Literal["percentile", "mean", "max", "errors", "completed", "within", "go
 Op = Literal["<", "<=", ">", ">="]
 
 _TIME_UNITS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
-_NUMBER = r"(\d+(?:\.\d+)?)"
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"  # what a double can hold
 _LINE = re.compile(r"^\s*(?P<subject>.+?)\s*(?P<op><=|>=|<|>)\s*(?P<bound>.+?)\s*$")
 _SUBJECT = re.compile(
-    r"^(?:(?P<series>[a-z]+)\.)?(?:p(?P<percentile>\d+(?:\.\d+)?)|(?P<word>[a-z]+)(?:\((?P<argument>[^)]*)\))?)$"
+    r"^(?:(?P<series>[a-z]+)\.)?(?:p(?P<percentile>[0-9]{1,15}(?:\.[0-9]{1,15})?)|(?P<word>[a-z]+)(?:\((?P<argument>[^)]*)\))?)$"
 )
 _EXAMPLES = "p99 <= 50ms, response.p99.9 < 80ms, service.p50 < 8ms, errors < 0.1%, completed >= 99%, within(50ms) >= 99%"
 

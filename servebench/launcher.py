@@ -27,7 +27,11 @@ class RunningServer(Protocol):
 
     @property
     def urls(self) -> dict[str, str]:
-        """Base URLs by protocol name, e.g. ``{"http": "http://127.0.0.1:8000"}``."""
+        """Base URLs by name: ``http``, ``grpc`` (``grpc://host:port``) and, where it has one, ``management``."""
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """Bearer tokens that the server made for itself, by use (``inference``, ``management``); mostly empty. Never logged."""
 
     @property
     def log_path(self) -> Path:

@@ -7,11 +7,11 @@ keys are errors, ``None`` means "no limit".
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,7 +28,22 @@ REDACTED = "<redacted>"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _check_url(url: str) -> None:
+    """Refuse what would be dropped silently, or would carry a secret into the run directory."""
+    if "@" in url.partition("//")[2].partition("/")[0]:
+        raise ValueError("url: holds a user or password; use endpoint.headers or endpoint.bearer_token_env")
+    try:
+        parts = urlsplit(url)
+        complete = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:  # a port that is no number, or too large; a broken IPv6 address
+        complete = False
+    if not complete:
+        raise ValueError(f"url: {url!r} is not an http:// or https:// address")
+    if parts.query or parts.fragment:
+        raise ValueError("url: goes on after its path, with ? or #; give the base address alone")
 
 
 class Server(_Section):
@@ -37,7 +52,7 @@ class Server(_Section):
     launch: str | None = None
     """Launcher to start for the run (`triton`, `stub`, or another that is installed). Omit it to use a server that already runs at `url`."""
     url: str | None = None
-    """Base URL of a server that already runs, e.g. `http://127.0.0.1:8000`. Nothing is started or stopped."""
+    """Base URL of a server that already runs, e.g. `http://127.0.0.1:8000`, or `grpc://127.0.0.1:8001` (`https`, `grpcs` for TLS). Nothing is started or stopped."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The launcher's own settings (`servebench serve NAME --help` lists them)."""
 
@@ -46,10 +61,7 @@ class Server(_Section):
         if (self.launch is None) == (self.url is None):
             raise ValueError("give exactly one of launch (a server to start) and url (a server that runs)")
         if self.url is not None:
-            if not re.match(r"^https?://[^/]+", self.url):
-                raise ValueError(f"url: {self.url!r} is not an http:// or https:// address")
-            if "@" in self.url.split("/")[2]:
-                raise ValueError("url: holds a user or password; use endpoint.headers or endpoint.bearer_token_env")
+            _check_url(self.url)
             if self.options:
                 raise ValueError("options belong to launch; a server at url is used as it is")
         return self
@@ -58,18 +70,20 @@ class Server(_Section):
 class Endpoint(_Section):
     """What we ask for, and how."""
 
-    protocol: Literal["kserve-http"] = "kserve-http"
-    """Wire protocol: `kserve-http` is the KServe v2 inference protocol over HTTP/1.1 (Triton and others)."""
+    protocol: Literal["kserve-http", "kserve-grpc", "torchserve-http", "torchserve-grpc"] = "kserve-http"
+    """Wire protocol: the KServe v2 inference protocol (Triton and others) over HTTP/1.1 or gRPC, or TorchServe's own REST or gRPC API."""
     model: str
     """Name of the model on the server."""
     version: str | None = None
     """Model version; the server chooses when omitted."""
     tensor_format: Literal["binary", "json"] = "binary"
-    """How tensors travel in requests and replies: KServe's binary tensor extension, or plain JSON numbers."""
+    """How tensors travel over `kserve-http`: KServe's binary tensor extension, or plain JSON numbers. gRPC is always binary."""
+    body: Literal["raw", "multipart", "instances"] = "raw"
+    """What `torchserve-http` posts: the tensor's bytes (or a file) to `/predictions`, the same as a multipart form, or JSON instances to `/v1/models/M:predict`."""
     parameters: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Request parameters sent with every query, e.g. `priority` or `timeout` (Triton, in microseconds)."""
     headers: dict[str, str] = Field(default_factory=dict)
-    """Extra HTTP headers. Their values never reach a run directory."""
+    """Extra HTTP headers or gRPC metadata. Their values never reach a run directory."""
     bearer_token_env: str | None = None
     """Environment variable that holds a bearer token for the Authorization header."""
     ca_file: Path | None = None
@@ -77,14 +91,31 @@ class Endpoint(_Section):
     verify_tls: bool = True
     """Check the server's certificate, for https."""
 
+    @property
+    def framing(self) -> Literal["http", "grpc"]:
+        """The kind of address that the protocol needs."""
+        return "grpc" if self.protocol.endswith("-grpc") else "http"
+
+    @model_validator(mode="after")
+    def _fits_protocol(self) -> Endpoint:
+        if self.tensor_format != "binary" and self.protocol != "kserve-http":
+            raise ValueError(f"tensor_format: only kserve-http has a choice, not {self.protocol}")
+        if self.body != "raw" and self.protocol != "torchserve-http":
+            raise ValueError(f"body: only torchserve-http has a choice, not {self.protocol}")
+        if self.parameters and self.protocol.startswith("torchserve"):
+            raise ValueError(f"parameters: {self.protocol} has none")
+        if self.body == "instances" and self.version is not None:
+            raise ValueError("version: TorchServe's /v1/models/M:predict has none; use body raw or multipart")
+        return self
+
 
 class Samples(_Section):
     """The sample library: the payloads that queries carry, and in which order."""
 
-    source: Literal["random", "zero", "npz", "npy", "perf-analyzer"] = "random"
-    """`random` or `zero` tensors shaped from the model's metadata, an `npz` file (one array per input, first axis = samples), a directory of `npy` files (`<input>.npy`), or a `perf-analyzer` input JSON."""
+    source: Literal["random", "zero", "npz", "npy", "perf-analyzer", "files"] = "random"
+    """`random` or `zero` tensors shaped from the model's metadata, an `npz` file (one array per input, first axis = samples), a directory of `npy` files (`<input>.npy`), a `perf-analyzer` input JSON, or a directory of `files` that are request bodies (TorchServe)."""
     path: Path | None = None
-    """File or directory for `npz`, `npy`, `perf-analyzer`; relative to the profile, or `models:...` for the bundled models' files."""
+    """File or directory for `npz`, `npy`, `perf-analyzer`, `files`; relative to the profile, or `models:...` for the bundled models' files."""
     count: int = Field(default=64, ge=1, le=1_000_000)
     """How many different samples to make for `random` and `zero`; files bring their own number."""
     batch_size: int = Field(default=1, ge=1)
@@ -125,7 +156,7 @@ class Load(_Section):
     """The schedule lasts at least this long, and has at least `min_query_count` queries."""
     min_query_count: int = Field(default=100, ge=1, le=100_000_000)
     """Smallest number of queries."""
-    max_duration_s: float | None = Field(default=None, gt=0)
+    max_duration_s: float | None = Field(default=None, gt=0, le=86_400)
     """No query is due later than this, even if a minimum is then missed."""
     max_query_count: int | None = Field(default=None, ge=1)
     """No more queries than this, even if a minimum is then missed."""
@@ -146,10 +177,14 @@ class Client(_Section):
     """Worker processes; worker k of n issues arrivals k, k+n, ... of the one schedule."""
     pacing: Literal["precise", "eco"] = "precise"
     """`precise` wakes early and spins through the event loop (costs CPU, issues within tens of microseconds); `eco` relies on the kernel timer."""
+    transport: Literal["wire", "aiohttp", "grpcio"] = "wire"
+    """`wire` is servebench's own client, made for load; `aiohttp` (HTTP) and `grpcio` (gRPC) show what an ordinary application's client would feel."""
     warm_connections: int = Field(default=8, ge=0, le=100_000)
-    """Connections per worker opened before the clock starts; more are opened on demand."""
+    """HTTP connections per worker opened before the clock starts; more are opened on demand."""
     max_connections: int | None = Field(default=None, ge=1)
-    """Cap on connections per worker. A query that has to wait for one is counted and its wait is in its response time."""
+    """Cap on HTTP connections per worker. A query that has to wait for one is counted and its wait is in its response time."""
+    channels: int = Field(default=4, ge=1, le=1_024)
+    """gRPC channels (HTTP/2 connections) per worker; each carries as many calls at once as the server allows."""
     max_outstanding: int | None = Field(default=None, ge=1)
     """Cap on outstanding queries per worker. A query due beyond it is shed: counted, and judged as over every bound."""
     cpus: list[int] | None = None
@@ -184,6 +219,18 @@ class Profile(_Section):
     constraints: list[str] = Field(min_length=1)
     """The promises, all of which must hold: `p99 <= 50ms`, `errors < 0.1%`, ... The first latency percentile is the headline (MLPerf's target latency)."""
     output_check: OutputCheck = OutputCheck()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Profile:
+        endpoint, url = self.endpoint, self.server.url
+        if url is not None and url.startswith("grpc") != (endpoint.framing == "grpc"):
+            scheme = "grpc:// or grpcs://" if endpoint.framing == "grpc" else "http:// or https://"
+            raise ValueError(f"server.url: {url!r} does not fit endpoint.protocol {endpoint.protocol}, which needs {scheme}")
+        if (self.client.transport, endpoint.framing) in (("aiohttp", "grpc"), ("grpcio", "http")):
+            raise ValueError(f"client.transport: {self.client.transport} does not speak endpoint.protocol {endpoint.protocol}")
+        if self.samples.source == "files" and not endpoint.protocol.startswith("torchserve"):
+            raise ValueError(f"samples.source: files are bodies for TorchServe; endpoint.protocol is {endpoint.protocol}")
+        return self
 
     @field_validator("constraints")
     @classmethod
@@ -254,7 +301,7 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
     elif first["type"] != "value_error":
         message = f"{message[0].lower()}{message[1:]}, found {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{key}: {message}{more}"
+    return f"{message}{more}" if key == "profile" and first["type"] == "value_error" else f"{key}: {message}{more}"
 
 
 def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -297,7 +344,7 @@ def _resolve_paths(profile: Profile, base: Path) -> Profile:
         if text.startswith("models:"):
             resolved = Path(str(resources.files(BUNDLED_MODELS))) / text.removeprefix("models:")
         else:
-            resolved = base / path.expanduser()
+            resolved = (base / path.expanduser()).absolute()  # the effective profile may be run from anywhere
         if not resolved.exists():
             raise ProfileError(f"{key}: {resolved}: no such file or directory")
         return resolved

@@ -65,6 +65,11 @@ class RunningStub:
         return {"http": self._url}
 
     @property
+    def tokens(self) -> dict[str, str]:
+        """None: it asks for no token."""
+        return {}
+
+    @property
     def log_path(self) -> Path:
         """What the stub wrote; nothing but its address, if all is well."""
         return self._process.log_path

@@ -65,6 +65,11 @@ class TritonServer:
         }
 
     @property
+    def tokens(self) -> dict[str, str]:
+        """None: it asks for no token."""
+        return {}
+
+    @property
     def log_path(self) -> Path:
         """Triton's and its instances' combined output."""
         return self._process.log_path

@@ -12,7 +12,7 @@ import pytest
 
 from servebench.engine.output_check import OutputCheck, load_golden
 from servebench.errors import ProfileError
-from servebench.wire.kserve import HEADER_LENGTH
+from servebench.wire.kserve import HEADER_LENGTH, decode_outputs
 from servebench.wire.tensors import DATATYPES, Array, TensorSpec, to_blob
 
 Y = TensorSpec("y", "FP32", (-1, 4))
@@ -33,7 +33,7 @@ def reply(**outputs: tuple[str, Array]) -> tuple[int, dict[str, str], bytes]:
 def checker(
     *outputs: TensorSpec, batch_size: int | None = 1, golden: Any = None, rtol: float = 1e-3, atol: float = 1e-4
 ) -> OutputCheck:
-    return OutputCheck(outputs, batch_size, golden, rtol=rtol, atol=atol)
+    return OutputCheck(decode_outputs, outputs, batch_size, golden, rtol=rtol, atol=atol)
 
 
 def floats(*values: float) -> tuple[str, Array]:

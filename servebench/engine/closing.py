@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from servebench.engine.dialect import split_reply
 from servebench.engine.fleet import WorkerEnd
-from servebench.engine.output_check import OutputCheck
+from servebench.engine.preparation import Preparation
 from servebench.record.columns import Columns
 from servebench.record.outcome import Outcome
 from servebench.wire.faults import ProtocolFault
@@ -43,7 +44,7 @@ def _server_words(reply: bytes) -> str:
 
 
 def check_outputs(
-    check: OutputCheck, kept: dict[int, bytes], columns: list[Columns], errors: list[dict[str, Any]]
+    preparation: Preparation, kept: dict[int, bytes], columns: list[Columns], errors: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Check the kept replies of ok queries; a wrong one's record becomes OUTPUT, and an error."""
     workers = len(columns)
@@ -55,8 +56,8 @@ def check_outputs(
             continue
         checked += 1
         try:
-            status, headers, body = parse_reply(raw)
-            problem = check.check(int(one.array("sample")[row]), status, headers, body)
+            status, headers, body = split_reply(preparation.protocol, raw)
+            problem = preparation.check.check(int(one.array("sample")[row]), status, headers, body)
         except ProtocolFault as fault:
             problem = str(fault)
         if problem is not None:

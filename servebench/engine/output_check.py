@@ -9,7 +9,7 @@ by value: floats within ``atol + rtol * |golden|``, everything else exactly.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,11 @@ import numpy.typing as npt
 
 from servebench.errors import ProfileError
 from servebench.load.library import Rows, fits, read_npz, row_spec, sample_of
-from servebench.wire.kserve import OutputTensor, decode_outputs
+from servebench.wire.protocol import OutputTensor
 from servebench.wire.tensors import Array, TensorSpec, byte_strings
+
+#: (status, headers, body) -> outputs; `ValueError` for a reply that is wrong in itself.
+Decode = Callable[[int, Mapping[str, str], bytes], Mapping[str, OutputTensor]]
 
 _FLOATS = ("FP16", "FP32", "FP64", "BF16")
 
@@ -39,12 +42,14 @@ def load_golden(path: Path, outputs: Sequence[TensorSpec], library_rows: int, *,
 class OutputCheck:
     """Judges single replies against a model's outputs; holds no state between replies.
 
+    ``decode`` is the protocol's (`servebench.wire.protocol.QueryProtocol.decode`).
     ``batch_size`` is the number of rows in a query, None where the model has no batch axis;
     ``golden`` holds expected rows by output name, in the order of the sample library's rows.
     """
 
     def __init__(
         self,
+        decode: Decode,
         outputs: Sequence[TensorSpec],
         batch_size: int | None,
         golden: Mapping[str, Rows] | None,
@@ -54,6 +59,7 @@ class OutputCheck:
     ) -> None:
         # A server without a configuration may have outputs that take no part in batching.
         self._outputs = [(spec, batch_size if spec.shape[:1] == (-1,) else None) for spec in outputs]
+        self._decode = decode
         self._golden = golden or {}
         self._rtol = rtol
         self._atol = atol
@@ -61,7 +67,7 @@ class OutputCheck:
     def check(self, sample_index: int, status: int, headers: Mapping[str, str], body: bytes) -> str | None:
         """None when the reply to sample ``sample_index`` is right, else one line: what was found, what was expected."""
         try:
-            found = decode_outputs(status, headers, body)
+            found = self._decode(status, headers, body)
         except ValueError as error:
             return str(error)
         for spec, batch_size in self._outputs:

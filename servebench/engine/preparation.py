@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
+from servebench.engine.dialect import declared_model, query_protocol
 from servebench.engine.output_check import OutputCheck, load_golden
-from servebench.engine.requests import share_requests
 from servebench.engine.worker import WorkerSettings
 from servebench.errors import ProfileError, RunError
 from servebench.load.library import SampleLibrary, build_library
 from servebench.load.scenario import Plan, plan_server, warmup_offsets_ns
+from servebench.load.undeclared import files_library
 from servebench.profile import Profile
 from servebench.record.columns import Columns, file_bytes
 from servebench.record.rundir import RunDirectory
-from servebench.wire.http1 import encode_request
-from servebench.wire.kserve import encode_infer, infer_path
+from servebench.transport.factory import TransportSettings
+from servebench.wire.protocol import QueryProtocol
 from servebench.wire.tensors import ModelMetadata
 
 
@@ -32,57 +31,44 @@ from servebench.wire.tensors import ModelMetadata
 class Preparation:
     """What a run is made of, ready to start."""
 
+    protocol: QueryProtocol
     library: SampleLibrary
     plan: Plan
     check: OutputCheck
     keep_queries: list[int]
 
 
-def query_headers(profile: Profile) -> list[tuple[str, str]]:
-    """The profile's own headers and its bearer token. `ProfileError` when the variable is not set."""
+def query_headers(profile: Profile, server_token: str | None = None) -> list[tuple[str, str]]:
+    """The profile's own headers and its bearer token, or else that of the server we launched.
+
+    `ProfileError` when the token's environment variable is not set.
+    """
     endpoint = profile.endpoint
-    headers = list(endpoint.headers.items())
+    headers, token = list(endpoint.headers.items()), server_token
     if endpoint.bearer_token_env is not None:
         token = os.environ.get(endpoint.bearer_token_env)
         if not token:
             raise ProfileError(f"endpoint.bearer_token_env: the environment variable {endpoint.bearer_token_env} is not set")
+    if token:
         headers.append(("Authorization", f"Bearer {token}"))
     return headers
 
 
 def prepare(profile: Profile, model: ModelMetadata) -> Preparation:
     """Samples, plan and output check for a model as the server describes it; `ProfileError` for what doesn't fit."""
-    library = build_library(profile.samples, model.inputs, model.max_batch_size, model.outputs)
+    model = declared_model(profile, model)
+    if profile.samples.source == "files":
+        library = files_library(profile.samples)
+    else:
+        library = build_library(profile.samples, model.inputs, model.max_batch_size, model.outputs)
     plan = plan_server(profile.load, profile.samples, len(library))
     settings = profile.output_check
     golden = library.golden
     if settings.golden is not None:
         golden = load_golden(settings.golden, model.outputs, library.rows, batched=model.batched)
-    check = OutputCheck(model.outputs, library.batch_size, golden, rtol=settings.rtol, atol=settings.atol)
-    return Preparation(library, plan, check, _evenly(plan.planned, settings.replies))
-
-
-def encode_requests(profile: Profile, preparation: Preparation, model: ModelMetadata, url: str) -> int:
-    """Encode each sample's request once, into a memory file whose descriptor is returned."""
-    endpoint = profile.endpoint
-    parts = urlsplit(url)
-    own_headers = query_headers(profile)
-    target = parts.path.rstrip("/") + infer_path(endpoint.model, endpoint.version)
-
-    def requests() -> Iterator[bytes]:
-        for index in range(len(preparation.library)):
-            body, headers = encode_infer(
-                model.inputs,
-                preparation.library.arrays(index),
-                tensor_format=endpoint.tensor_format,
-                parameters=endpoint.parameters,
-            )
-            yield encode_request("POST", target, parts.netloc, [*headers, *own_headers], body)
-
-    try:
-        return share_requests(requests())
-    except ValueError as error:
-        raise ProfileError(f"endpoint: {error}") from None
+    protocol = query_protocol(profile.endpoint, model)
+    check = OutputCheck(protocol.decode, model.outputs, library.batch_size, golden, rtol=settings.rtol, atol=settings.atol)
+    return Preparation(protocol, library, plan, check, _evenly(plan.planned, settings.replies))
 
 
 def create_columns(profile: Profile, preparation: Preparation, directory: RunDirectory) -> list[int]:
@@ -112,13 +98,29 @@ def create_columns(profile: Profile, preparation: Preparation, directory: RunDir
 
 
 def worker_settings(
-    profile: Profile, preparation: Preparation, directory: RunDirectory, url: str, requests_fd: int
+    profile: Profile,
+    preparation: Preparation,
+    directory: RunDirectory,
+    url: str,
+    headers: list[tuple[str, str]],
+    requests_fd: int,
 ) -> list[WorkerSettings]:
     """What each worker is told."""
     client, load, endpoint = profile.client, profile.load, profile.endpoint
+    transport = TransportSettings(
+        client=client.transport,
+        url=url,
+        target=preparation.protocol.target,
+        metadata=headers,
+        max_connections=client.max_connections,
+        channels=client.channels,
+        timeout_ns=round(load.timeout_s * 1e9),
+        ca_file=str(endpoint.ca_file) if endpoint.ca_file else None,
+        verify_tls=endpoint.verify_tls,
+    )
     return [
         WorkerSettings(
-            url=url,
+            transport=transport,
             requests_fd=requests_fd,
             columns=str(directory.columns_path(worker)),
             warmup_columns=str(directory.columns_path(worker, "warmup")),
@@ -126,13 +128,9 @@ def worker_settings(
             keep_rows=[query // client.workers for query in preparation.keep_queries if query % client.workers == worker],
             pacing=client.pacing,
             warm_connections=client.warm_connections,
-            max_connections=client.max_connections,
             max_outstanding=client.max_outstanding,
-            timeout_ns=round(load.timeout_s * 1e9),
             drain_timeout_ns=round(load.drain_timeout_s * 1e9),
             cpus=client.cpus,
-            ca_file=str(endpoint.ca_file) if endpoint.ca_file else None,
-            verify_tls=endpoint.verify_tls,
         )
         for worker in range(client.workers)
     ]

@@ -22,21 +22,22 @@ import uvloop
 
 from servebench import __version__
 from servebench.clock import now_ns
+from servebench.engine.asking import discover_model, probe_model
 from servebench.engine.closing import check_outputs, merge_errors
+from servebench.engine.dialect import encode_library
 from servebench.engine.fleet import Fleet, WorkerEnd
 from servebench.engine.hosting import launched, launcher_options
 from servebench.engine.preparation import (
     Preparation,
     check_cpus,
     create_columns,
-    encode_requests,
     prepare,
     query_headers,
     raise_open_files_limit,
     replies_path,
     worker_settings,
 )
-from servebench.engine.worker import ssl_context
+from servebench.engine.requests import share_requests
 from servebench.errors import ServebenchError
 from servebench.launcher import RunningServer
 from servebench.profile import Profile
@@ -45,7 +46,7 @@ from servebench.record.environment import collect_environment, cpu_times, thrott
 from servebench.record.progress import ProgressReader, Snapshot
 from servebench.record.replies import read_replies
 from servebench.record.rundir import ENVIRONMENT, FACTS, SERVER, RunDirectory
-from servebench.transport.control import Discovery, discover
+from servebench.transport.control import Discovery
 
 #: Time between the order to start and t=0: covers the order's way and the workers' first touch of the columns.
 _LEAD_NS = 100_000_000
@@ -121,10 +122,12 @@ class _Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupt)
         profile, facts, directory = self._profile, self._facts, self._directory
-        url = self.server.urls["http"] if self.server is not None else str(profile.server.url)
+        url = self.server.urls[profile.endpoint.framing] if self.server is not None else str(profile.server.url)
+        headers = query_headers(profile, self.server.tokens.get("inference") if self.server is not None else None)
         self._observer.phase("asking the server about the model")
-        found = await self._discover(url)
+        found = await discover_model(profile, url, headers, self.server)
         preparation = prepare(profile, found.model)
+        await probe_model(profile, preparation, url, headers)
         facts["server"] = self._describe_server(url, found)
         facts["schedule"] = _describe_schedule(preparation)
         directory.write_profile(profile.public_dict())
@@ -132,9 +135,9 @@ class _Run:
         self._observer.phase("preparing payloads and records")
         rows = create_columns(profile, preparation, directory)
         raise_open_files_limit()
-        requests_fd = encode_requests(profile, preparation, found.model, url)
+        requests_fd = share_requests(encode_library(preparation.protocol, preparation.library, url, headers))
         try:
-            await self._fleet.start(worker_settings(profile, preparation, directory, url, requests_fd))
+            await self._fleet.start(worker_settings(profile, preparation, directory, url, headers, requests_fd))
             facts["workers"] = [
                 {"worker": worker, "rows": count, "pid": pid, "state": "lost", "exit": None, "stats": None}
                 for worker, (count, pid) in enumerate(zip(rows, self._fleet.pids, strict=True))
@@ -183,16 +186,6 @@ class _Run:
             self._observer.progress(reader.look())
         return task.result()
 
-    async def _discover(self, url: str) -> Discovery:
-        endpoint = self._profile.endpoint
-        return await discover(
-            url,
-            endpoint.model,
-            endpoint.version,
-            headers=dict(query_headers(self._profile)),
-            ssl_context=ssl_context(str(endpoint.ca_file) if endpoint.ca_file else None, verify=endpoint.verify_tls),
-        )
-
     def _interrupt(self) -> None:
         self._interrupts += 1
         if self._interrupts == 1 and self._fleet.pids:
@@ -237,7 +230,7 @@ class _Run:
             kept |= {row * workers + worker: reply for row, reply in read_replies(path).items()}
             path.unlink(missing_ok=True)
             directory.columns_path(worker, "warmup").unlink(missing_ok=True)
-        facts["output_check"] = check_outputs(preparation.check, kept, columns, facts["errors"]) | {
+        facts["output_check"] = check_outputs(preparation, kept, columns, facts["errors"]) | {
             "wanted": len(preparation.keep_queries),
             "golden": profile.output_check.golden is not None or preparation.library.golden is not None,
         }

@@ -22,7 +22,6 @@ import json
 import os
 import resource
 import signal
-import ssl
 import sys
 import traceback
 from collections.abc import Coroutine
@@ -42,14 +41,14 @@ from servebench.record.columns import Columns, HeaderSlot
 from servebench.record.outcome import Outcome
 from servebench.record.recorder import Recorder
 from servebench.record.replies import write_replies
-from servebench.transport.http import HttpTransport
+from servebench.transport.factory import TransportSettings, make_transport
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """All a worker needs to know; travels as JSON."""
 
-    url: str
+    transport: TransportSettings
     requests_fd: int
     columns: str
     warmup_columns: str
@@ -57,13 +56,9 @@ class WorkerSettings:
     keep_rows: list[int]
     pacing: str
     warm_connections: int
-    max_connections: int | None
     max_outstanding: int | None
-    timeout_ns: int
     drain_timeout_ns: int
     cpus: list[int] | None
-    ca_file: str | None
-    verify_tls: bool
 
 
 class Worker:
@@ -74,13 +69,7 @@ class Worker:
         self._requests = open_requests(settings.requests_fd)
         self._warmup = Columns.open(Path(settings.warmup_columns), writable=True)
         self._columns = Columns.open(Path(settings.columns), writable=True)
-        self._transport = HttpTransport(
-            settings.url,
-            Recorder(self._warmup),
-            max_connections=settings.max_connections,
-            ssl_context=ssl_context(settings.ca_file, verify=settings.verify_tls),
-            connect_timeout_s=settings.timeout_ns / 1e9,
-        )
+        self._transport = make_transport(settings.transport, Recorder(self._warmup))
         self._issuer: Issuer | None = None
         self._stopped = False
 
@@ -151,7 +140,7 @@ class Worker:
             max_outstanding=settings.max_outstanding,
             on_finished=lambda: finished.set_result(None),
         )
-        sweep = DeadlineSweep(transport, recorder, issuer, timeout_ns=settings.timeout_ns)
+        sweep = DeadlineSweep(transport, recorder, issuer, timeout_ns=settings.transport.timeout_ns)
         self._issuer = issuer
         issuer.start()
         if self._stopped:
@@ -173,15 +162,6 @@ class Worker:
 async def _done_by(future: asyncio.Future[None], end_ns: int) -> bool:
     done, _ = await asyncio.wait([future], timeout=max(0.0, (end_ns - now_ns()) / 1e9))
     return bool(done)
-
-
-def ssl_context(ca_file: str | None, *, verify: bool) -> ssl.SSLContext:
-    """TLS settings of a profile's endpoint."""
-    context = ssl.create_default_context(cafile=ca_file)
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def _collections() -> int:
@@ -214,7 +194,8 @@ async def _serve() -> int:
     if not first:
         return 1
     loop.set_exception_handler(_give_up)
-    settings = WorkerSettings(**json.loads(first))
+    told = json.loads(first)
+    settings = WorkerSettings(**{**told, "transport": TransportSettings(**told["transport"])})
     if settings.cpus:
         os.sched_setaffinity(0, settings.cpus)
     worker = Worker(settings)

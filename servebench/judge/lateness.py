@@ -7,7 +7,7 @@ into a stalled loop's pauses as often as replies do, so the share of late querie
 for the replies that were stamped late.
 
 Three parties hold queries back, and each is named: the event loop (no CPU, a pause), the
-cap ``client.max_connections``, and connections being opened on demand, which is in part the
+cap ``client.max_connections`` (over gRPC the server's limit of streams), and connections being opened on demand, which is in part the
 server's time and therefore never invalidates a run. Queries carry no such mark; a worker
 counts its waits, so of its late queries at most that many are put down to them.
 """
@@ -53,6 +53,7 @@ ACHIEVED_GRACE_NS = 10_000_000
 
 _MORE_CLIENT = "give the client cores of its own (client.cpus), use more client.workers or a lower rate"
 _MORE_CONNECTIONS = "raise client.max_connections, or leave it out"
+_MORE_CHANNELS = "raise client.channels, or the server's limit of concurrent streams"
 _WARMER = "open more connections ahead with client.warm_connections"
 
 
@@ -74,7 +75,7 @@ class Lateness:
         size = max([*workers, int(run.worker.max(initial=0))]) + 1
         self._cap_waits, self._opening_waits = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         for number, stats in workers.items():
-            self._cap_waits[number] = int(stats.get("cap_waits") or 0)
+            self._cap_waits[number] = int(stats.get("cap_waits") or 0) + int(stats.get("stream_waits") or 0)
             self._opening_waits[number] = max(int(stats.get("connection_waits") or 0) - self._cap_waits[number], 0)
 
     @cached_property
@@ -208,18 +209,34 @@ def _charge(blame: Blame, allowed: float, severity: Severity, text: str, measure
 
 
 def _cap_waits(evidence: Evidence) -> list[Reason]:
-    waits, issued = evidence.worker_total("cap_waits"), max(evidence.summary.counts.issued, 1)
-    if not waits:
-        return []
-    share = waits / issued
-    text = (
-        f"{waits} queries ({say_share(share)}) waited for one of client.max_connections = {evidence.client('max_connections')} "
-        f"connections a worker, for {say_time(evidence.worker_total('cap_wait_ns') / waits)} on average"
-    )
-    if share > INVALID_CAP_SHARE:
-        text += ": the loop was not open any more"
-        return [Reason("connection_cap", "INVALID", text, _MORE_CONNECTIONS, share, INVALID_CAP_SHARE)]
-    return [Reason("connection_cap", "DEGRADED", text, _MORE_CONNECTIONS, share, 0)]
+    """Queries that waited for a place: under our own cap on connections, or under the server's limit of streams."""
+    reasons = []
+    for prefix, code, place, remedy in (
+        (
+            "cap",
+            "connection_cap",
+            f"one of client.max_connections = {evidence.client('max_connections')} connections a worker",
+            _MORE_CONNECTIONS,
+        ),
+        (
+            "stream",
+            "stream_limit",
+            f"a stream, as many as the server allows being open on each of client.channels = {evidence.client('channels')}",
+            _MORE_CHANNELS,
+        ),
+    ):
+        waits, issued = evidence.worker_total(f"{prefix}_waits"), max(evidence.summary.counts.issued, 1)
+        if not waits:
+            continue
+        share = waits / issued
+        mean_ns = evidence.worker_total(f"{prefix}_wait_ns") / waits
+        text = f"{waits} queries ({say_share(share)}) waited for {place}, for {say_time(mean_ns)} on average"
+        if share > INVALID_CAP_SHARE:
+            text += ": the loop was not open any more"
+            reasons.append(Reason(code, "INVALID", text, remedy, share, INVALID_CAP_SHARE))
+        else:
+            reasons.append(Reason(code, "DEGRADED", text, remedy, share, 0))
+    return reasons
 
 
 def _achieved_rate(evidence: Evidence, lateness: Lateness) -> list[Reason]:

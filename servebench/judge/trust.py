@@ -138,7 +138,9 @@ def _arrival_process(evidence: Evidence) -> list[Reason]:
         Reason("arrivals", "INVALID", f"the planned arrivals are not {name!r}: {problem}", _OWN_FAULT)
         for problem in checks.problems
     ]
-    opening_waits = evidence.worker_total("connection_waits") - evidence.worker_total("cap_waits")
+    opening_waits = evidence.worker_total("connection_waits") - sum(
+        evidence.worker_total(name) for name in ("cap_waits", "stream_waits")
+    )
     displaced = (checks.issued_ks_distance or 0) * evidence.summary.delay.count
     if displaced > opening_waits:  # fewer can be put down to a server that was slow to accept; see `lateness`
         reasons += [

@@ -63,8 +63,9 @@ class TransportStats:
 
 
 class Transport(Protocol):
-    """Carries encoded queries to one server."""
+    """Carries encoded queries to one server. ``sink`` may be replaced between phases, while no query is outstanding."""
 
+    sink: Sink
     stats: TransportStats
 
     async def open(self, connections: int) -> None:

@@ -160,11 +160,15 @@ class HttpTransport:
         ssl_context: ssl.SSLContext | None = None,
         connect_timeout_s: float = 10.0,
     ) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:  # a port that is none, a broken IPv6 address
+            raise TransportError(f"{url}: {error}") from None
         if parts.scheme not in ("http", "https") or parts.hostname is None:
             raise TransportError(f"{url}: not an http:// or https:// address")
         self._host = parts.hostname
-        self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._port = port or (443 if parts.scheme == "https" else 80)
         self._ssl = (ssl_context or ssl.create_default_context()) if parts.scheme == "https" else None
         self._max_connections = max_connections
         self._connect_timeout_s = connect_timeout_s

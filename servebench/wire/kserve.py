@@ -17,9 +17,11 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
+from servebench.wire.protocol import EncodedQuery, OutputTensor
 from servebench.wire.tensors import DATATYPES, Array, ModelMetadata, TensorSpec, from_blob, from_json, to_blob, to_json
 
 Parameter = str | int | float | bool
@@ -35,13 +37,6 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 
 
-class OutputTensor(NamedTuple):
-    """One output of a reply, as it came: the datatype is the server's word, the array follows from it."""
-
-    datatype: str
-    array: Array
-
-
 def model_path(model: str, version: str | None = None) -> str:
     """``/v2/models/M[/versions/V]``, percent-encoded; metadata is there, ``/config``, ``/stats``, ``/ready`` below it."""
     parts = [model] if version is None else [model, version]
@@ -54,6 +49,28 @@ def model_path(model: str, version: str | None = None) -> str:
 def infer_path(model: str, version: str | None = None) -> str:
     """Where inference requests are posted."""
     return model_path(model, version) + "/infer"
+
+
+@dataclass(frozen=True, slots=True)
+class KServeHttp:
+    """The `servebench.wire.protocol.QueryProtocol` of KServe v2 over HTTP."""
+
+    model: str
+    version: str | None
+    inputs: tuple[TensorSpec, ...]
+    tensor_format: TensorFormat
+    parameters: Mapping[str, Parameter]
+    framing: ClassVar[Literal["http1"]] = "http1"
+
+    @property
+    def target(self) -> str:
+        return infer_path(self.model, self.version)
+
+    def encode(self, arrays: Mapping[str, Array]) -> EncodedQuery:
+        return EncodedQuery(*encode_infer(self.inputs, arrays, tensor_format=self.tensor_format, parameters=self.parameters))
+
+    def decode(self, status: int, headers: Mapping[str, str], body: bytes) -> dict[str, OutputTensor]:
+        return decode_outputs(status, headers, body)
 
 
 def parse_metadata(metadata: bytes, config: bytes | None = None) -> ModelMetadata:

@@ -1,0 +1,89 @@
+"""What a profile's protocol means for a run: how samples become requests, and raw replies outputs.
+
+One place knows all protocols. Those that need an extra import it here, when they are asked
+for; a missing one is a `ProfileError` with its install line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from servebench.errors import ProfileError
+from servebench.load.library import SampleLibrary
+from servebench.load.undeclared import input_specs, specs_of_file
+from servebench.profile import Endpoint, Profile
+from servebench.wire.http1 import encode_request, parse_reply
+from servebench.wire.kserve import KServeHttp
+from servebench.wire.protocol import QueryProtocol
+from servebench.wire.tensors import ModelMetadata
+
+GRPC_EXTRA = "needs grpcio, hpack and protobuf; install them with: pip install 'servebench[grpc]'"
+
+
+class Reply(NamedTuple):
+    """The parts of a reply; over gRPC the status is 0 and there are no headers."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def declared_model(profile: Profile, model: ModelMetadata) -> ModelMetadata:
+    """``model``, with its tensors declared by the profile's files where the server does not describe them."""
+    if not model.inputs:
+        model = replace(model, inputs=input_specs(profile.samples), max_batch_size=0)
+    if not model.outputs and profile.output_check.golden is not None:
+        model = replace(model, outputs=specs_of_file(profile.output_check.golden))
+    return model
+
+
+def query_protocol(endpoint: Endpoint, model: ModelMetadata) -> QueryProtocol:
+    """The protocol of an endpoint, for a model whose tensors are known."""
+    if endpoint.protocol == "kserve-http":
+        return KServeHttp(endpoint.model, endpoint.version, model.inputs, endpoint.tensor_format, endpoint.parameters)
+    try:
+        from servebench.wire.kserve_grpc import KServeGrpc
+        from servebench.wire.torchserve import TorchServeGrpc, TorchServeHttp
+    except ImportError:
+        raise ProfileError(f"endpoint.protocol: {endpoint.protocol} {GRPC_EXTRA}") from None
+    if endpoint.protocol == "kserve-grpc":
+        return KServeGrpc(endpoint.model, endpoint.version, model.inputs, endpoint.parameters)
+    if endpoint.protocol == "torchserve-grpc":
+        return TorchServeGrpc(endpoint.model, endpoint.version, model.inputs, model.outputs)
+    return TorchServeHttp(endpoint.model, endpoint.version, model.inputs, model.outputs, endpoint.body)
+
+
+def http_target(url: str, protocol: QueryProtocol) -> str:
+    """The path that queries are posted to, below the server's base URL."""
+    return urlsplit(url).path.rstrip("/") + protocol.target
+
+
+def encode_library(
+    protocol: QueryProtocol, library: SampleLibrary, url: str, headers: list[tuple[str, str]]
+) -> Iterator[bytes]:
+    """Every sample's request as the transport sends it: whole HTTP requests, or framed gRPC messages. `ProfileError`."""
+    try:
+        if protocol.framing == "grpc":
+            from servebench.wire.grpc import frame_message
+
+            for index in range(len(library)):
+                yield frame_message(protocol.encode(library.arrays(index)).body)
+            return
+        target, host = http_target(url, protocol), urlsplit(url).netloc
+        for index in range(len(library)):
+            query = protocol.encode(library.arrays(index))
+            yield encode_request("POST", target, host, [*query.headers, *headers], query.body)
+    except ValueError as error:
+        raise ProfileError(f"endpoint: {error}") from None
+
+
+def split_reply(protocol: QueryProtocol, raw: bytes) -> Reply:
+    """A kept reply as the transport gave it. `ProtocolFault` when it is not one."""
+    if protocol.framing == "grpc":
+        from servebench.wire.grpc import unframe_message
+
+        return Reply(0, {}, unframe_message(raw))
+    return Reply(*parse_reply(raw))
