@@ -6,11 +6,11 @@ nginx worker process on one core, no logs, no disk; the request's body is read a
 
 from __future__ import annotations
 
+import http.client
 import re
 import shutil
 import subprocess
 import tempfile
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -61,19 +61,19 @@ def render_config(port: int, directory: Path, facts: str) -> str:
     ``facts`` is `build_facts`: a module's scratch path is set only where the module is built in, because
     nginx refuses directives it does not know, and without it wants to write to the system's folders.
     """
-    scratch = [f"{name}_temp_path {directory / name};" for name in _TEMP_PATHS if f"--without-http_{name}_module" not in facts]
+    built_in = [name for name in _TEMP_PATHS if f"--without-http_{name}_module" not in facts]
     locations = [f"location = {path} {{ return 200 '{reply}'; }}" for path, reply in REPLIES.items()]
     return "\n".join(
         [
             "daemon off;",
             "worker_processes 1;",
             f"worker_rlimit_nofile {_MAX_CONNECTIONS + 64};",
-            f"pid {directory / 'nginx.pid'};",
+            f'pid "{directory}/nginx.pid";',
             "error_log stderr error;",
             f"events {{ worker_connections {_MAX_CONNECTIONS}; }}",
             "http {",
             "access_log off;",
-            *scratch,
+            *(f'{name}_temp_path "{directory / name}";' for name in built_in),
             "default_type application/json;",
             "keepalive_requests 1000000000;",
             "keepalive_timeout 1h;",
@@ -99,10 +99,10 @@ class NullServer:
         facts = build_facts(nginx)
         version = re.search(r"nginx/\S+", facts)
         self.version = version[0] if version else "nginx"
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self._port = free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
         config = directory / "nginx.conf"
-        config.write_text(render_config(port, directory, facts), encoding="utf-8")
+        config.write_text(render_config(self._port, directory, facts), encoding="utf-8")
         argv = [nginx, "-p", str(directory), "-c", str(config)]
         try:
             self._process = ServerProcess("nginx", argv, directory / "nginx.log", cpus=cpus)
@@ -125,8 +125,11 @@ class NullServer:
         return sum(one.user + one.system for one in times)
 
     def _is_ready(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=1)
         try:
-            with urllib.request.urlopen(f"{self.url}/v2/health/ready", timeout=1) as reply:
-                return bool(reply.status == 200)
-        except OSError:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == http.client.OK
+        except (OSError, http.client.HTTPException):
             return False
+        finally:
+            connection.close()

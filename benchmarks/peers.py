@@ -28,7 +28,7 @@ BODY, HEADERS = encode_infer([INPUT], {INPUT.name: np.zeros((1, 4), dtype=np.flo
 
 
 def ping_pong_p50_ns(url: str, cpus: Sequence[int], *, rate_qps: float, duration_s: float) -> int:
-    """Median time from send to reply of a blocking socket that spins until each Poisson arrival: the least Python can measure."""
+    """Median time from send to reply, in ns, of a blocking socket that spins until each Poisson arrival: the least possible."""
     parts = urlsplit(url)
     request = encode_request("POST", INFER_PATH, parts.netloc, HEADERS, BODY)
     gaps, times_ns = random.Random(0), []
@@ -48,7 +48,7 @@ def ping_pong_p50_ns(url: str, cpus: Sequence[int], *, rate_qps: float, duration
 
 
 def wrk_qps(wrk: str, url: str, cpus: Sequence[int], *, duration_s: int) -> float:
-    """Replies a second that wrk gets with one thread on ``cpus``; in its closed loop each query waits for a reply. `RunError` when it fails."""
+    """Replies a second that wrk gets with one thread on ``cpus``, one query at a time a connection. `RunError` if it fails."""
     with tempfile.TemporaryDirectory(prefix="wrk-") as scratch, _pinned(cpus):
         script = Path(scratch) / "query.lua"
         script.write_text(wrk_script(), encoding="utf-8")

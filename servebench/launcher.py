@@ -2,7 +2,7 @@
 
 A launcher is found by name through the entry-point group ``servebench.servers``; the object
 behind the entry point implements `Launcher`. It sees nothing of servebench but this module,
-`servebench.errors` and `servebench.clock`, so that servers can live in other distributions.
+`servebench.errors`, `servebench.clock` and `servebench.protos`, so that servers can live in other distributions.
 
 Life cycle: `Launcher.launch` blocks until the server answers readiness or raises
 `LaunchError` (with the log's last lines); `RunningServer.stop` ends the whole process group

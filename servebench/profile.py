@@ -37,11 +37,13 @@ def _check_url(url: str) -> None:
         raise ValueError("url: holds a user or password; use endpoint.headers or endpoint.bearer_token_env")
     try:
         parts = urlsplit(url)
-        complete = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
-    except ValueError:  # a port that is no number, or too large; a broken IPv6 address
-        complete = False
-    if not complete:
-        raise ValueError(f"url: {url!r} is not an http:// or https:// address")
+        port = parts.port
+    except ValueError as error:  # a port that is no number, or too large; a broken IPv6 address
+        raise ValueError(f"url: {url!r}: {error}") from None
+    if parts.scheme not in ("http", "https", "grpc", "grpcs") or parts.hostname is None or port == 0:
+        raise ValueError(f"url: {url!r} is not an http://, https://, grpc:// or grpcs:// address")
+    if parts.scheme.startswith("grpc") and port is None:
+        raise ValueError(f"url: {url!r} needs a port, e.g. {parts.scheme}://127.0.0.1:8001")
     if parts.query or parts.fragment:
         raise ValueError("url: goes on after its path, with ? or #; give the base address alone")
 
@@ -89,7 +91,7 @@ class Endpoint(_Section):
     ca_file: Path | None = None
     """PEM file of certificate authorities to trust instead of the system's, for https."""
     verify_tls: bool = True
-    """Check the server's certificate, for https."""
+    """Check the server's certificate, for https; gRPC always does."""
 
     @property
     def framing(self) -> Literal["http", "grpc"]:
@@ -102,6 +104,8 @@ class Endpoint(_Section):
             raise ValueError(f"tensor_format: only kserve-http has a choice, not {self.protocol}")
         if self.body != "raw" and self.protocol != "torchserve-http":
             raise ValueError(f"body: only torchserve-http has a choice, not {self.protocol}")
+        if not self.verify_tls and self.framing == "grpc":
+            raise ValueError("verify_tls: gRPC always checks the certificate; give the authority as ca_file")
         if self.parameters and self.protocol.startswith("torchserve"):
             raise ValueError(f"parameters: {self.protocol} has none")
         if self.body == "instances" and self.version is not None:

@@ -1,12 +1,14 @@
 """The stub server's launcher: a model server whose true queueing behaviour is known.
 
-It answers KServe v2 over HTTP like any model server, but only takes time: queries wait in one
+It answers KServe v2 over HTTP and gRPC like any model server, but only takes time: queries wait in one
 queue for one server whose service times follow a chosen law, so what a load tester must report
 can be computed (see `stub_queue`), and its own mistakes become visible.
 """
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
 import sys
 from importlib.metadata import version
@@ -15,6 +17,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from servebench.errors import LaunchError
 from servebench.launcher import Launcher, RunningServer
 
 from .process import ServerProcess
@@ -22,8 +25,10 @@ from .stub_faults import Faults
 from .stub_queue import Service
 
 _READY_DEADLINE_S = 15.0
-_LISTENING = re.compile(r"^listening on (http://127\.0\.0\.1:\d+)$", re.MULTILINE)
+_ANSWER_DEADLINE_S = 5.0
+_LISTENING = re.compile(r"^listening on http://127\.0\.0\.1:(\d+)$", re.MULTILINE)
 
+Port = Annotated[int, Field(ge=0, le=65535)]
 Elements = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -42,8 +47,16 @@ class StubOptions(BaseModel):
     """Numbers in a row of the model's input `INPUT`, FP32 of shape [rows, `input_elements`]."""
     output_elements: Elements = 16
     """Numbers in a row of the model's output `OUTPUT`, FP32 of shape [rows, `output_elements`]; every row is 0, 1, 2, ..."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """TCP port on 127.0.0.1; 0 takes a free one."""
+    port: Port = 0
+    """TCP port of HTTP on 127.0.0.1; 0 takes a free one."""
+    grpc_port: Port | None = 0
+    """TCP port of gRPC on 127.0.0.1; 0 takes a free one, null serves HTTP only. gRPC needs the packages h2 and protobuf."""
+    max_concurrent_streams: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Most calls that may be open at once on a gRPC connection (SETTINGS_MAX_CONCURRENT_STREAMS); no limit when omitted."""
+    initial_window_size: Annotated[int, Field(ge=1, lt=2**31)] = 1 << 20
+    """Bytes that a gRPC client may send ahead on a call (SETTINGS_INITIAL_WINDOW_SIZE); on a connection, 65535 at least."""
+    goaway_after: Annotated[int, Field(ge=1)] | None = None
+    """Calls after which a gRPC connection says GOAWAY, finishes them and closes; never when omitted."""
     cpus: list[Annotated[int, Field(ge=0)]] | None = None
     """CPUs the stub may use, e.g. `[0]`; all when omitted."""
     precise: bool = True
@@ -53,16 +66,19 @@ class StubOptions(BaseModel):
 class RunningStub:
     """A stub that answers."""
 
-    def __init__(self, process: ServerProcess, url: str, model: str, options: StubOptions) -> None:
+    def __init__(
+        self, process: ServerProcess, urls: dict[str, str], no_grpc: str | None, model: str, options: StubOptions
+    ) -> None:
         self._process = process
-        self._url = url
+        self._urls = urls
+        self._no_grpc = no_grpc
         self._model = model
         self._options = options
 
     @property
     def urls(self) -> dict[str, str]:
-        """``{"http": base URL}``."""
-        return {"http": self._url}
+        """``{"http": base URL, "grpc": base URL}``, the latter if gRPC is served."""
+        return dict(self._urls)
 
     @property
     def tokens(self) -> dict[str, str]:
@@ -75,7 +91,7 @@ class RunningStub:
         return self._process.log_path
 
     def describe(self) -> dict[str, Any]:
-        """Name, version, command, process id, model, and the queue in words and as options."""
+        """Name, version, command, process id, model, whether it serves gRPC, and the queue in words and as options."""
         options = self._options
         limit = "no limit" if options.queue_limit is None else f"at most {options.queue_limit} waiting"
         return {
@@ -85,7 +101,8 @@ class RunningStub:
             "pid": self._process.pid,
             "model": self._model,
             "service": f"{options.service}; one server, first come first served, {limit}",
-            "config": options.model_dump(mode="json", exclude_none=True),
+            "grpc": self._urls.get("grpc", f"not served: {self._no_grpc}"),
+            "config": options.model_dump(mode="json"),
         }
 
     def config_files(self) -> list[Path]:
@@ -109,13 +126,35 @@ class StubLauncher:
 
     def launch(self, model: str, options: StubOptions, work_dir: Path) -> RunningServer:
         """Start it and wait until it listens. Raises `LaunchError`, e.g. when the port is taken."""
-        config = options.model_dump_json(exclude_none=True)
+        config = options.model_dump_json()
         argv = [sys.executable, "-m", "servebench_servers.stub_server", "--model", model, "--config", config]
         process = ServerProcess(self.name, argv, work_dir / "stub.log", cpus=options.cpus)
         process.wait_ready(lambda: _LISTENING.search(process.log_tail()) is not None, _READY_DEADLINE_S)
         listening = _LISTENING.search(process.log_tail())
         assert listening is not None
-        return RunningStub(process, listening[1], model, options)
+        port = int(listening[1])
+        try:
+            grpc = _ask_about_grpc(port)
+        except BaseException:
+            process.stop(grace_s=1.0)
+            raise
+        urls = {"http": f"http://127.0.0.1:{port}"}
+        if "url" in grpc:
+            urls["grpc"] = grpc["url"]
+        return RunningStub(process, urls, grpc.get("reason"), model, options)
+
+
+def _ask_about_grpc(port: int) -> dict[str, str]:
+    """Where the stub serves gRPC, or why it does not. Raises `LaunchError`."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_DEADLINE_S)
+    try:
+        connection.request("GET", "/stub/grpc")
+        answer: dict[str, str] = json.load(connection.getresponse())
+    except OSError as error:
+        raise LaunchError(f"{StubLauncher.name} listens, but does not answer: {error}") from error
+    finally:
+        connection.close()
+    return answer
 
 
 _: Launcher = StubLauncher()

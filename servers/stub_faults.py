@@ -8,6 +8,7 @@ probability moves no other fault, and none moves the service times.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from enum import Enum
 from typing import Annotated
 
@@ -34,31 +35,35 @@ class Fault(Enum):
     CLOSE_IDLE = "close_idle"
 
 
+#: Makes a reply ready to be sent, spoilt by a fault if there is one, and returns what sends it.
+Prepare = Callable[[Fault | None], Callable[[], None]]
+
+
 class Faults(BaseModel):
-    """Probabilities (0-1) that the reply to an inference query is spoilt."""
+    """Probabilities (0-1) that the reply to an inference query is spoilt. What a fault does over gRPC stands in brackets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     status: Probability = 0.0
-    """An error reply with `status_code`."""
+    """An error reply with `status_code`. [Status 14, UNAVAILABLE]"""
     status_code: Annotated[int, Field(ge=400, le=599)] = 503
     """HTTP status of `status` faults."""
     reset: Probability = 0.0
-    """No reply: the connection is reset (TCP RST)."""
+    """No reply: the connection is reset (TCP RST). [The call is: RST_STREAM with INTERNAL_ERROR]"""
     truncated: Probability = 0.0
-    """The connection is closed after half of the announced body."""
+    """The connection is closed after half of the announced body. [Half of the message, then trailers with status 0]"""
     slow_body: Probability = 0.0
-    """The second half of the body follows `slow_body_delay_ms` after the first."""
+    """The second half of the body follows `slow_body_delay_ms` after the first. [Of the message]"""
     slow_body_delay_ms: Milliseconds = 100.0
     """Pause of `slow_body` faults."""
     hang: Probability = 0.0
-    """No reply, ever; the connection stays open."""
+    """No reply, ever; the connection stays open. [So does the call]"""
     wrong_output: Probability = 0.0
-    """Status 200, but the output tensor carries no data."""
+    """Status 200, but the output tensor carries no data. [Status 0]"""
     garbage: Probability = 0.0
-    """Bytes that are not HTTP; the connection stays open."""
+    """Bytes that are not HTTP; the connection stays open. [Bytes that are no HTTP/2 frame]"""
     close_idle: Probability = 0.0
-    """A good reply, then the connection is closed without having said `Connection: close`."""
+    """A good reply, then the connection is closed without having said `Connection: close`. [Or GOAWAY]"""
     seed: Seed = 0
     """Seed of the fault streams (numpy's PCG64)."""
 

@@ -1,4 +1,4 @@
-"""What the stub's model says in KServe's v2 protocol over HTTP/1.1: documents in, whole replies out; no sockets.
+"""The stub's model, and what it says in KServe's v2 protocol over HTTP/1.1: documents in, whole replies out; no sockets.
 
 The model takes INPUT, FP32 of shape [rows, input_elements], and answers OUTPUT, FP32 of shape
 [rows, output_elements], whose every row is 0, 1, 2, ...: it does not compute, it only takes time.
@@ -13,17 +13,19 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 INPUT_NAME = "INPUT"
 OUTPUT_NAME = "OUTPUT"
 VERSION = "1"
 MAX_ROWS = 128
 
-_DATATYPE = "FP32"
-_ELEMENT_BYTES = 4
+DATATYPE = "FP32"
+ELEMENT_BYTES = 4
+
 _CACHED_ANSWERS = 256
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -72,6 +74,11 @@ def error_reply(status: int, message: str) -> Reply:
     return json_reply({"error": message}, status)
 
 
+def unknown_model(name: str) -> str:
+    """What is said of a model that is not there, in Triton's words."""
+    return f"Request for unknown model: '{name}' is not found"
+
+
 class StubModel:
     """A model called ``name`` with ``input_elements`` numbers per row in and ``output_elements`` out."""
 
@@ -87,8 +94,8 @@ class StubModel:
             "name": self.name,
             "versions": [VERSION],
             "platform": "servebench_stub",
-            "inputs": [{"name": INPUT_NAME, "datatype": _DATATYPE, "shape": [-1, self._input_elements]}],
-            "outputs": [{"name": OUTPUT_NAME, "datatype": _DATATYPE, "shape": [-1, self._output_elements]}],
+            "inputs": [{"name": INPUT_NAME, "datatype": DATATYPE, "shape": [-1, self._input_elements]}],
+            "outputs": [{"name": OUTPUT_NAME, "datatype": DATATYPE, "shape": [-1, self._output_elements]}],
         }
 
     def config(self) -> dict[str, Any]:
@@ -97,45 +104,57 @@ class StubModel:
             "name": self.name,
             "platform": "servebench_stub",
             "max_batch_size": MAX_ROWS,
-            "input": [{"name": INPUT_NAME, "data_type": f"TYPE_{_DATATYPE}", "dims": [self._input_elements]}],
-            "output": [{"name": OUTPUT_NAME, "data_type": f"TYPE_{_DATATYPE}", "dims": [self._output_elements]}],
+            "input": [{"name": INPUT_NAME, "data_type": f"TYPE_{DATATYPE}", "dims": [self._input_elements]}],
+            "output": [{"name": OUTPUT_NAME, "data_type": f"TYPE_{DATATYPE}", "dims": [self._output_elements]}],
         }
 
-    def _answers(self, document: bytes, raw_bytes: int) -> Answers:
-        """Answers to an inference request: its JSON part, and how many bytes of raw tensors follow. Raises `RequestError`."""
-        request = _parse(document)
-        rows = self._check_input(request, raw_bytes)
-        binary = self._wants_binary(request)
-        return Answers(self._encode(request, rows, binary, empty=False), self._encode(request, rows, binary, empty=True))
-
-    def _check_input(self, request: dict[str, Any], raw_bytes: int) -> int:
-        tensors = request.get("inputs")
-        if not isinstance(tensors, list) or len(tensors) != 1 or not isinstance(tensors[0], dict):
-            raise RequestError(400, f"expected 1 input for model '{self.name}': {INPUT_NAME}")
-        tensor = tensors[0]
-        if tensor.get("name") != INPUT_NAME:
-            raise RequestError(400, f"unexpected inference input {tensor.get('name')!r} for model '{self.name}'")
-        if tensor.get("datatype") != _DATATYPE:
-            raise RequestError(400, f"input {INPUT_NAME} is {_DATATYPE}, got {tensor.get('datatype')!r}")
-        shape = tensor.get("shape")
+    def check_input(self, name: object, datatype: object, shape: object) -> int:
+        """Rows of the one input tensor, whatever the protocol it came by. Raises `RequestError`."""
+        if name != INPUT_NAME:
+            raise RequestError(400, f"unexpected inference input {name!r} for model '{self.name}'")
+        if datatype != DATATYPE:
+            raise RequestError(400, f"input {INPUT_NAME} is {DATATYPE}, got {datatype!r}")
         expected = f"[1..{MAX_ROWS},{self._input_elements}]"
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int for size in shape):
             raise RequestError(400, f"unexpected shape for input {INPUT_NAME}: expected {expected}, got {shape!r}")
         rows, elements = shape
         if elements != self._input_elements or not 1 <= rows <= MAX_ROWS:
             raise RequestError(400, f"unexpected shape for input {INPUT_NAME}: expected {expected}, got {shape!r}")
+        return int(rows)
+
+    def check_size(self, rows: int, found: int, unit: Literal["numbers", "bytes"]) -> None:
+        """Raises `RequestError` unless ``rows`` rows came with as much data as they need."""
+        needed = rows * self._input_elements * (ELEMENT_BYTES if unit == "bytes" else 1)
+        if found != needed:
+            raise RequestError(400, f"input {INPUT_NAME} got {found} {unit}, expected {needed}")
+
+    def output_values(self, rows: int) -> npt.NDArray[np.float32]:
+        """The output tensor, shape (rows, output_elements), little-endian."""
+        return np.tile(np.arange(self._output_elements, dtype="<f4"), (rows, 1))
+
+    def _answers(self, document: bytes, raw_bytes: int) -> Answers:
+        """Answers to an inference request: its JSON part, and how many bytes of raw tensors follow. Raises `RequestError`."""
+        request = _parse(document)
+        rows = self._check_tensors(request, raw_bytes)
+        binary = self._wants_binary(request)
+        return Answers(self._encode(request, rows, binary, empty=False), self._encode(request, rows, binary, empty=True))
+
+    def _check_tensors(self, request: dict[str, Any], raw_bytes: int) -> int:
+        tensors = request.get("inputs")
+        if not isinstance(tensors, list) or len(tensors) != 1 or not isinstance(tensors[0], dict):
+            raise RequestError(400, f"expected 1 input for model '{self.name}': {INPUT_NAME}")
+        tensor = tensors[0]
+        rows = self.check_input(tensor.get("name"), tensor.get("datatype"), tensor.get("shape"))
         if "data" in tensor:
-            found, needed, unit = _count_numbers(tensor["data"]), rows * elements, "numbers"
             if raw_bytes:
                 raise RequestError(400, f"{raw_bytes} bytes follow a request whose tensors are in its JSON")
+            self.check_size(rows, _count_numbers(tensor["data"]), "numbers")
         else:
-            found, needed, unit = raw_bytes, rows * elements * _ELEMENT_BYTES, "bytes"
             announced = _parameters(tensor).get("binary_data_size")
             if announced != raw_bytes:
                 raise RequestError(400, f"input {INPUT_NAME} has binary_data_size {announced}, but {raw_bytes} bytes follow")
-        if found != needed:
-            raise RequestError(400, f"input {INPUT_NAME} got {found} {unit}, expected {needed}")
-        return int(rows)
+            self.check_size(rows, raw_bytes, "bytes")
+        return rows
 
     def _wants_binary(self, request: dict[str, Any]) -> bool:
         binary = bool(_parameters(request).get("binary_data_output", False))
@@ -149,8 +168,8 @@ class StubModel:
         return binary
 
     def _encode(self, request: dict[str, Any], rows: int, binary: bool, *, empty: bool) -> Reply:
-        values = np.tile(np.arange(self._output_elements, dtype="<f4"), (rows, 1))
-        output: dict[str, Any] = {"name": OUTPUT_NAME, "datatype": _DATATYPE, "shape": list(values.shape)}
+        values = self.output_values(rows)
+        output: dict[str, Any] = {"name": OUTPUT_NAME, "datatype": DATATYPE, "shape": list(values.shape)}
         document = {"model_name": self.name, "model_version": VERSION, "outputs": [output]}
         if "id" in request:
             document["id"] = request["id"]

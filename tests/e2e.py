@@ -43,10 +43,11 @@ class Quiet:
 
 def profile_data(url: str | None = None, *, constraints: list[str], load: dict[str, Any], **sections: Any) -> dict[str, Any]:
     """A profile's mapping for the stub model, without warm-up unless ``load`` says so."""
+    protocol = "kserve-grpc" if url and url.startswith("grpc") else "kserve-http"
     return {
         "name": "test",
         "server": {"url": url} if url else {"launch": "stub"},
-        "endpoint": {"model": "stub"},
+        "endpoint": {"model": "stub", "protocol": protocol},
         "load": {"warmup_s": 0, "drain_timeout_s": 3, **load},
         "client": {"cpus": CLIENT_CPUS, **sections.pop("client", {})},
         "constraints": constraints,

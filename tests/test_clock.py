@@ -217,3 +217,17 @@ def test_eco_leaves_the_processor_alone_and_precise_does_not(run: Run) -> None:
 
     assert run(cpu_s(0)) < 0.01
     assert run(cpu_s(50 * MS)) > 0.01
+
+
+@on_both_loops
+def test_a_deadline_that_moves_away_ends_the_spin(run: Run) -> None:
+    async def cpu_s() -> float:
+        alarm = Alarm(spin_ns=20 * MS)
+        begun_ns, before = now_ns(), time.process_time()
+        alarm.timer.arm(begun_ns + 15 * MS)
+        alarm.timer.arm(begun_ns + 250 * MS)
+        await alarm.ring()
+        alarm.timer.close()
+        return time.process_time() - before
+
+    assert run(cpu_s()) < 0.06

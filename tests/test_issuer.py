@@ -14,7 +14,7 @@ from servebench.engine.issuer import DeadlineSweep, Issuer
 from servebench.record.columns import Columns, HeaderSlot
 from servebench.record.outcome import Outcome
 from servebench.record.recorder import Recorder
-from servebench.transport.fake import FakeEnd, FakeTransport
+from servebench.transport.fake import FakeEnd, FakeTransport, answer_at_once
 
 MS = 1_000_000
 HOUR_NS = 3_600_000 * MS
@@ -35,7 +35,7 @@ class Bench:
         self,
         tmp_path: Path,
         due_ns: Iterable[int],
-        script: Callable[[int], FakeEnd] | None = None,
+        script: Callable[[int], FakeEnd] = answer_at_once,
         *,
         pacing: str = "precise",
         max_outstanding: int | None = None,
@@ -47,9 +47,7 @@ class Bench:
         self.columns.array("scheduled_ns")[:] = now_ns() + due
         self.columns.array("sample")[:] = np.arange(len(due)) % len(REQUESTS)
         self.recorder = Recorder(self.columns)
-        self.transport = FakeTransport(
-            self.recorder, script or (lambda row: FakeEnd()), max_connections=max_connections, clock=clock
-        )
+        self.transport = FakeTransport(self.recorder, script, max_connections=max_connections, clock=clock)
         self.finished = asyncio.Event()
         self.issuer = Issuer(
             self.transport,
@@ -96,7 +94,7 @@ class Bench:
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(lambda row: FakeEnd(), id="answered at once"),
+        pytest.param(answer_at_once, id="answered at once"),
         pytest.param(lambda row: FakeEnd(delay_s=0.003 * (row % 3)), id="answered later, in another order"),
         pytest.param(lambda row: FakeEnd(Outcome.CONNECT) if row % 2 else FakeEnd(Outcome.STATUS, 0, 503), id="all fail"),
     ],
@@ -265,7 +263,7 @@ class Hands:
 
 
 def sweep_bench(
-    tmp_path: Path, hands: Hands, rows: int, script: Callable[[int], FakeEnd], **options: Any
+    tmp_path: Path, hands: Hands, due_ns: list[int], script: Callable[[int], FakeEnd], **options: Any
 ) -> tuple[Bench, DeadlineSweep]:
     """Row r is issued at 1000 + 10 r, by a clock that the script moves; the timeout is 500. Sweeps happen when asked for."""
 
@@ -273,7 +271,7 @@ def sweep_bench(
         hands.ns = max(hands.ns, 1_000 + 10 * row)
         return script(row)
 
-    bench = Bench(tmp_path, [LATE_NS] * rows, at_its_time, clock=hands, **options)
+    bench = Bench(tmp_path, due_ns, at_its_time, clock=hands, **options)
     sweep = DeadlineSweep(bench.transport, bench.recorder, bench.issuer, timeout_ns=500)
     sweep.stop()
     return bench, sweep
@@ -286,7 +284,7 @@ def timeouts(bench: Bench) -> list[int]:
 def test_queries_expire_in_order_each_at_its_own_time(tmp_path: Path) -> None:
     async def work() -> None:
         hands = Hands()
-        bench, sweep = sweep_bench(tmp_path, hands, 6, lambda row: FakeEnd() if row in (0, 3) else HANGS)
+        bench, sweep = sweep_bench(tmp_path, hands, [LATE_NS] * 6, lambda row: FakeEnd() if row in (0, 3) else HANGS)
         bench.issuer.start()
         await bench.finished.wait()
         for now, expired in [
@@ -313,7 +311,7 @@ def test_queries_expire_in_order_each_at_its_own_time(tmp_path: Path) -> None:
 def test_a_query_that_waits_for_a_connection_has_not_begun_its_time(tmp_path: Path) -> None:
     async def work() -> None:
         hands = Hands()
-        bench, sweep = sweep_bench(tmp_path, hands, 3, lambda row: HANGS, max_connections=1)
+        bench, sweep = sweep_bench(tmp_path, hands, [LATE_NS] * 3, lambda row: HANGS, max_connections=1)
         bench.issuer.start()
         await bench.finished.wait()
         assert [bench.recorder.issue_time_ns(row) for row in range(3)] == [1_000, 0, 0]
@@ -337,20 +335,23 @@ def test_a_query_that_waits_for_a_connection_has_not_begun_its_time(tmp_path: Pa
     run(work())
 
 
-def test_rows_that_are_not_due_yet_and_shed_ones_are_left_alone(tmp_path: Path) -> None:
+def test_rows_that_are_not_due_yet_are_left_alone_and_shed_ones_hide_nobody(tmp_path: Path) -> None:
     async def work() -> None:
         hands = Hands()
-        bench, sweep = sweep_bench(tmp_path, hands, 4, lambda row: HANGS, max_outstanding=1)
-        scheduled_ns = bench.columns.array("scheduled_ns")
-        scheduled_ns[3] = now_ns() + HOUR_NS
+        bench, sweep = sweep_bench(tmp_path, hands, [LATE_NS] * 3 + [50 * MS], lambda row: HANGS, max_outstanding=1)
         bench.issuer.start()
         while bench.issuer.cursor < 3:
             await asyncio.sleep(0)
         hands.ns = 5_000
         sweep.expire(5_000)
         assert bench.outcomes == [Outcome.TIMEOUT, Outcome.SHED, Outcome.SHED, Outcome.NOT_ISSUED]
-        scheduled_ns[3] = now_ns()
-        bench.issuer.stop("enough")
+        await bench.finished.wait()
+        sweep.expire(5_499)
+        assert timeouts(bench) == [0]
+        hands.ns = 5_500
+        sweep.expire(5_500)
+        assert timeouts(bench) == [0, 3]
+        bench.assert_books_balance()
 
     run(work())
 

@@ -21,19 +21,20 @@ MAY_IMPORT = {
     "constraint": (),
     "launcher": (),
     "profile": ("constraint",),
-    "wire": (),
+    "protos": (),
+    "wire": ("protos",),
     "load": ("profile", "wire.tensors"),
     "record": (),
-    "transport": ("wire", "record.outcome"),
+    "transport": ("protos", "wire", "record.outcome"),
     "engine": ("profile", "launcher", "load", "wire", "transport", "record"),
     "judge": ("constraint", "record"),
     "report": ("judge", "record"),
-    "cli": ("constraint", "profile", "launcher", "load", "wire", "transport", "engine", "record", "judge", "report"),
-    "servers": ("launcher",),
+    "cli": ("protos", "constraint", "profile", "launcher", "load", "wire", "transport", "engine", "record", "judge", "report"),
+    "servers": ("launcher", "protos"),
 }
 #: Group -> modules of others that it never imports: pure code knows no time, no sockets and no event loop.
 _IMPURE = ("asyncio", "socket", "time", "ssl", "select", "selectors", "uvloop", "servebench.clock")
-NEVER_IMPORTS = {"wire": _IMPURE, "load": _IMPURE, "judge": _IMPURE}
+NEVER_IMPORTS = {"protos": _IMPURE, "wire": _IMPURE, "load": _IMPURE, "judge": _IMPURE}
 
 FILE_CALLS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 

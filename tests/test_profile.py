@@ -90,6 +90,23 @@ def test_overrides_are_yaml_at_a_dotted_key(override: str, found: Any, value: ob
     assert found(parsed(override)) == value
 
 
+@pytest.mark.parametrize(
+    ("url", "protocol"),
+    [
+        ("http://127.0.0.1:8000", "kserve-http"),
+        ("https://models.test/some/path/", "kserve-http"),
+        ("http://[::1]:8000", "kserve-http"),
+        ("grpc://127.0.0.1:8001", "kserve-grpc"),
+        ("grpcs://models.test:443", "torchserve-grpc"),
+    ],
+)
+def test_addresses_of_either_kind(url: str, protocol: str) -> None:
+    profile = parsed(f"server.url='{url}'", f"endpoint.protocol={protocol}")
+    assert profile.server.url == url
+    with pytest.raises(ProfileError, match=r"test: .*//"):
+        parsed(f"server.url='{url}'", f"endpoint.protocol={'kserve-grpc' if url.startswith('http') else 'kserve-http'}")
+
+
 def test_overrides_apply_in_order_and_touch_nothing_else() -> None:
     profile = parsed("load.target_qps=1", "load.target_qps=2", "load.warmup_s=3")
     expected = parsed().model_dump()
@@ -197,7 +214,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 # --- what is refused ----------------------------------------------------------------------
 
-NOT_AN_ADDRESS = "is not an http:// or https:// address"
+NOT_AN_ADDRESS = "is not an http://, https://, grpc:// or grpcs:// address"
 
 
 @pytest.mark.parametrize(
@@ -209,13 +226,20 @@ NOT_AN_ADDRESS = "is not an http:// or https:// address"
             "server.options={a: 1}", "server: options belong to launch; a server at url is used", id="options with url"
         ),
         pytest.param("server.url=127.0.0.1:8000", f"server: url: '127.0.0.1:8000' {NOT_AN_ADDRESS}", id="url without scheme"),
-        pytest.param("server.url=grpc://h:1", f"server: url: 'grpc://h:1' {NOT_AN_ADDRESS}", id="another scheme"),
+        pytest.param("server.url=ftp://h:1", f"server: url: 'ftp://h:1' {NOT_AN_ADDRESS}", id="another scheme"),
+        pytest.param(
+            "server.url=grpc://h", "server: url: 'grpc://h' needs a port, e.g. grpc://127.0.0.1:8001", id="gRPC without port"
+        ),
         pytest.param("server.url='http://'", f"server: url: 'http://' {NOT_AN_ADDRESS}", id="no host"),
         pytest.param("server.url=http://:80", f"server: url: 'http://:80' {NOT_AN_ADDRESS}", id="only a port"),
-        pytest.param("server.url=http://h:99999", f"server: url: 'http://h:99999' {NOT_AN_ADDRESS}", id="port too large"),
+        pytest.param(
+            "server.url=http://h:99999", "server: url: 'http://h:99999': Port out of range 0-65535", id="port too large"
+        ),
         pytest.param("server.url=http://h:0", f"server: url: 'http://h:0' {NOT_AN_ADDRESS}", id="port 0"),
-        pytest.param("server.url=http://h:http", f"server: url: 'http://h:http' {NOT_AN_ADDRESS}", id="port is a word"),
-        pytest.param("server.url='http://[::1'", f"server: url: 'http://[::1' {NOT_AN_ADDRESS}", id="broken IPv6 address"),
+        pytest.param(
+            "server.url=http://h:http", "server: url: 'http://h:http': Port could not be cast to integer", id="port is a word"
+        ),
+        pytest.param("server.url='http://[::1'", "server: url: 'http://[::1': Invalid IPv6 URL", id="broken IPv6 address"),
         pytest.param(
             "server.url=http://u:hush@h", "server: url: holds a user or password; use endpoint.headers", id="password"
         ),

@@ -1,7 +1,9 @@
 """The run directory: columns become Parquet and say the same, whatever happens on the way; locks and whole files."""
 
 import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -291,7 +293,10 @@ def test_unlocking_ends_it_too(tmp_path: Path) -> None:
     assert is_running(directory.path)
     directory.unlock()
     directory.unlock()
+    reader = os.open(directory.path, os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)  # another one who asks at the same moment
     assert not is_running(directory.path)
+    os.close(reader)
 
 
 def test_a_directory_in_use_is_not_taken(tmp_path: Path) -> None:

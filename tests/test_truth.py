@@ -62,21 +62,36 @@ def errors(measured_ns: Times, predicted_ns: Times) -> tuple[float, float]:
     return median, abs(loadgen_p99(measured_ns) / loadgen_p99(predicted_ns) - 1)
 
 
+@pytest.fixture(params=["http", "grpc"], scope="module")
+def protocol(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def floor_ns(tmp_path_factory: pytest.TempPathFactory) -> int:
+def floor_ns(protocol: str, tmp_path_factory: pytest.TempPathFactory) -> int:
     """What everything but the stub's queue and service adds to a response: the median over an idle run."""
     tmp_path = tmp_path_factory.mktemp("floor")
     with stub(tmp_path, service={"kind": "constant", "mean_ms": MEAN_MS}) as server:
         load = {"target_qps": 25, "min_duration_s": 0, "min_query_count": 100, "arrivals": "constant"}
-        _, data = run(profile_data(server.urls["http"], constraints=CONSTRAINTS, load=load), tmp_path / "run")
+        _, data = run(profile_data(server.urls[protocol], constraints=CONSTRAINTS, load=load), tmp_path / "run")
     return int(np.median(response_ns(data))) - int(MEAN_MS * 1e6)
 
 
-def loaded_run(tmp_path: Path, service: dict[str, Any], **client: Any) -> RunData:
-    with stub(tmp_path, service=service) as server:
+def loaded_run(
+    tmp_path: Path, protocol: str, service: dict[str, Any], client: dict[str, Any] | None = None, **options: Any
+) -> RunData:
+    with stub(tmp_path, service=service, **options) as server:
         load = {"target_qps": LOADED_QPS, "min_duration_s": 0, "min_query_count": 3000}
-        _, data = run(profile_data(server.urls["http"], constraints=CONSTRAINTS, load=load, client=client), tmp_path / "run")
+        settings = profile_data(server.urls[protocol], constraints=CONSTRAINTS, load=load, client=client or {})
+        _, data = run(settings, tmp_path / "run")
     return data
+
+
+def narrow(protocol: str, width: int) -> dict[str, Any]:
+    """Client and stub settings that let only ``width`` queries be out at once: the rest of the queue is in the client."""
+    if protocol == "http":
+        return {"client": {"max_connections": width}}
+    return {"client": {"channels": 1}, "max_concurrent_streams": width}
 
 
 @pytest.mark.parametrize(
@@ -86,8 +101,10 @@ def loaded_run(tmp_path: Path, service: dict[str, Any], **client: Any) -> RunDat
         pytest.param({"kind": "exponential", "mean_ms": MEAN_MS, "seed": 5}, id="exponential service"),
     ],
 )
-def test_every_response_time_is_what_lindley_predicts(tmp_path: Path, floor_ns: int, service: dict[str, Any]) -> None:
-    data = loaded_run(tmp_path, service)
+def test_every_response_time_is_what_lindley_predicts(
+    tmp_path: Path, protocol: str, floor_ns: int, service: dict[str, Any]
+) -> None:
+    data = loaded_run(tmp_path, protocol, service)
     drawn_ns = service_times_ns(Service.model_validate(service), len(data.scheduled_ns))
     predicted_ns = lindley_ns(data.scheduled_ns, drawn_ns) + floor_ns
     median_error_ns, p99_error = errors(response_ns(data), predicted_ns)
@@ -95,9 +112,9 @@ def test_every_response_time_is_what_lindley_predicts(tmp_path: Path, floor_ns: 
     assert p99_error <= MAX_P99_ERROR
 
 
-def test_latency_from_the_send_would_fail_the_same_test(tmp_path: Path) -> None:
-    """One connection moves the queue into the client: only counting from the due time still sees it."""
-    data = loaded_run(tmp_path, {"kind": "constant", "mean_ms": MEAN_MS}, max_connections=1)
+def test_latency_from_the_send_would_fail_the_same_test(tmp_path: Path, protocol: str) -> None:
+    """One connection (or stream) moves the queue into the client: only counting from the due time still sees it."""
+    data = loaded_run(tmp_path, protocol, {"kind": "constant", "mean_ms": MEAN_MS}, **narrow(protocol, 1))
     # Server and connection are now one resource, taken for the whole service time of each query.
     predicted_ns = lindley_ns(data.scheduled_ns, service_time_ns(data))
     median_error_ns, p99_error = errors(response_ns(data), predicted_ns)
@@ -108,12 +125,14 @@ def test_latency_from_the_send_would_fail_the_same_test(tmp_path: Path) -> None:
     assert naive_p99_error > 10 * MAX_P99_ERROR
 
 
-@pytest.mark.parametrize("max_connections", [pytest.param(None, id="no cap"), pytest.param(8, id="8 connections")])
-def test_a_frozen_server_is_felt_by_every_query_that_was_due(tmp_path: Path, max_connections: int | None) -> None:
+@pytest.mark.parametrize("width", [pytest.param(None, id="no cap"), pytest.param(8, id="8 at once")])
+def test_a_frozen_server_is_felt_by_every_query_that_was_due(tmp_path: Path, protocol: str, width: int | None) -> None:
     qps, freeze_s, service_ms = 200.0, 1.0, 0.2
     stamps: list[int] = []
 
-    with stub(tmp_path, service={"kind": "constant", "mean_ms": service_ms}) as server:
+    settings = narrow(protocol, width) if width is not None else {}
+    client = settings.pop("client", {})
+    with stub(tmp_path, service={"kind": "constant", "mean_ms": service_ms}, **settings) as server:
         pid = server.describe()["pid"]
 
         def thaw() -> None:
@@ -127,9 +146,7 @@ def test_a_frozen_server_is_felt_by_every_query_that_was_due(tmp_path: Path, max
                 threading.Timer(freeze_s, thaw).start()
 
         load = {"target_qps": qps, "min_duration_s": 8}
-        data_of = profile_data(
-            server.urls["http"], constraints=["p99 <= 2s"], load=load, client={"max_connections": max_connections}
-        )
+        data_of = profile_data(server.urls[protocol], constraints=["p99 <= 2s"], load=load, client=client)
         document, data = run(data_of, tmp_path / "run", Quiet(freeze))
 
     begin_ns, end_ns = (stamp - data.facts["start_ns"] for stamp in stamps)
@@ -144,7 +161,7 @@ def test_a_frozen_server_is_felt_by_every_query_that_was_due(tmp_path: Path, max
     assert int((measured_ns > over_ns).sum()) == pytest.approx(predicted_over, rel=0.05)
     assert loadgen_p99(measured_ns) == pytest.approx(loadgen_p99(predicted_ns), rel=0.05)
     assert document["response_time"]["percentiles"]["99"] == loadgen_p99(measured_ns)
-    if max_connections is not None:
+    if width is not None:
         naive_ns = service_time_ns(data)
-        assert int((naive_ns > over_ns).sum()) <= max_connections < 0.1 * predicted_over
+        assert int((naive_ns > over_ns).sum()) <= width < 0.1 * predicted_over
         assert loadgen_p99(naive_ns) < 0.1 * loadgen_p99(predicted_ns)

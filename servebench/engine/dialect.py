@@ -67,8 +67,11 @@ def encode_library(
     """Every sample's request as the transport sends it: whole HTTP requests, or framed gRPC messages. `ProfileError`."""
     try:
         if protocol.framing == "grpc":
-            from servebench.wire.grpc import frame_message
+            from servebench.wire.grpc import call_headers, frame_message
 
+            call_headers(
+                urlsplit(url).netloc, protocol.target, tls=False, timeout_ns=None, metadata=headers
+            )  # are they allowed?
             for index in range(len(library)):
                 yield frame_message(protocol.encode(library.arrays(index)).body)
             return

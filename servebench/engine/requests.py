@@ -17,14 +17,15 @@ _NUMBER_BYTES = 8
 
 def share_requests(requests: Iterable[bytes]) -> int:
     """Write the requests to a new memory file; returns its descriptor (inheritable), for `open_requests` and `os.close`."""
-    descriptor = os.memfd_create("requests", 0)
     ends: list[int] = [0]
-    with os.fdopen(os.dup(descriptor), "wb") as file:
+    with os.fdopen(os.memfd_create("requests"), "wb") as file:
         for request in requests:
             file.write(request)
             ends.append(ends[-1] + len(request))
         file.write(bytes(-ends[-1] % _NUMBER_BYTES))
         file.write(np.asarray([*ends, len(ends)], dtype="<i8").tobytes())
+        file.flush()
+        descriptor = os.dup(file.fileno())
     os.set_inheritable(descriptor, True)
     return descriptor
 

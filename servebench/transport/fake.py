@@ -28,7 +28,12 @@ class FakeEnd:
     detail: str = "scripted"
 
 
-ANSWERED = FakeEnd()
+_ANSWERED = FakeEnd()
+
+
+def answer_at_once(_row: int) -> FakeEnd:
+    """The default script: every query ends OK, with an empty reply, before `FakeTransport.issue` returns."""
+    return _ANSWERED
 
 
 class FakeTransport:
@@ -40,7 +45,7 @@ class FakeTransport:
     def __init__(
         self,
         sink: Sink,
-        script: Callable[[int], FakeEnd] = lambda row: ANSWERED,
+        script: Callable[[int], FakeEnd] = answer_at_once,
         *,
         max_connections: int | None = None,
         clock: Callable[[], int] = now_ns,

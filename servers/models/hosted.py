@@ -19,9 +19,9 @@ class TensorSpec:
 class HostedModel:
     """A model that ships with servebench, independent of the server that hosts it.
 
-    ``serving_files`` (names in ``folder``) are all the code that the server's process imports;
-    they import each other relatively and nothing else of servebench, so they also run where
-    only the rendered model repository is mounted.
+    ``serving_files`` and ``torchserve_files`` (names in ``folder``) are all the code that Triton's
+    and TorchServe's processes import; they import each other relatively and nothing else of
+    servebench, so they also run where only the rendered model repository or archive is.
     """
 
     name: str
@@ -29,6 +29,7 @@ class HostedModel:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     serving_files: tuple[str, ...]
+    torchserve_files: tuple[str, ...]  #: the handler comes first
     weights_file: str  #: name in ``folder``, and in the rendered repository
     weights_origin: str  #: how the shipped weights were made, for people
 

@@ -28,6 +28,7 @@ DIGITS = HostedModel(
     inputs=(IMAGE,),
     outputs=(LOGITS,),
     serving_files=("model.py", "network.py"),
+    torchserve_files=("handler.py", "messages.py", "network.py"),
     weights_file="weights.pt",
     weights_origin=f"shipped, trained on scikit-learn digits, seed {SEED}",
 )
