@@ -27,8 +27,8 @@ WRK_CONNECTIONS = 16
 BODY, HEADERS = encode_infer([INPUT], {INPUT.name: np.zeros((1, 4), dtype=np.float32)}, tensor_format="json")
 
 
-def ping_pong_p50_ns(url: str, cpus: Sequence[int], *, rate_qps: float, duration_s: float) -> int:
-    """Median time from send to reply, in ns, of a blocking socket that spins until each Poisson arrival: the least possible."""
+def ping_pong_ns(url: str, cpus: Sequence[int], *, rate_qps: float, duration_s: float) -> list[int]:
+    """Times from send to reply of a blocking socket that spins until each Poisson arrival: the least Python can measure."""
     parts = urlsplit(url)
     request = encode_request("POST", INFER_PATH, parts.netloc, HEADERS, BODY)
     gaps, times_ns = random.Random(0), []
@@ -44,7 +44,7 @@ def ping_pong_p50_ns(url: str, cpus: Sequence[int], *, rate_qps: float, duration
             sock.recv(65536)  # a reply this small comes in one piece
             times_ns.append(now_ns() - sent_ns)
             due_ns += round(gaps.expovariate(rate_qps) * 1e9)
-    return int(np.median(times_ns))
+    return times_ns
 
 
 def wrk_qps(wrk: str, url: str, cpus: Sequence[int], *, duration_s: int) -> float:

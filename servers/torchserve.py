@@ -58,7 +58,7 @@ class TorchServeOptions(BaseModel):
     model_api: bool = False
     """Let clients register and unregister models; otherwise TorchServe answers 405."""
     oip: bool = False
-    """Offer the open inference protocol (KServe v2) over gRPC and its health endpoints; `/v2/models/M/infer` is there anyway."""
+    """Offer the open inference protocol (KServe v2): over gRPC, and `/v2/health`; `/v2/models/M/infer` is there anyway."""
     request_log: bool = False
     """Log eight lines a request, twice, as TorchServe does by default: it costs server time and 2 kB of disk a request."""
     torch_threads: int = Field(default=1, ge=1)

@@ -40,6 +40,7 @@ _QUIET_LOG4J2 = """\
     <Logger name="TS_METRICS" level="off"/>
     <Logger name="io.netty" level="error"/>
     <Logger name="org.apache" level="off"/>
+    <Logger name="org.pytorch.serve.ServerInitializer" level="warn"/>
     <Logger name="org.pytorch.serve.http.api.rest.OpenInferenceProtocolRequestHandler" level="warn"/>
     <Logger name="org.pytorch.serve.wlm.BatchAggregator" level="warn"/>
     <Logger name="org.pytorch.serve.wlm.WorkerThread" level="info">

@@ -60,7 +60,7 @@ class TorchServeServer:
 
     @property
     def urls(self) -> dict[str, str]:
-        """``http`` and ``grpc`` (``grpc://``) for inference, ``management``, ``grpc_management``, ``metrics`` (the page to scrape)."""
+        """``http`` and ``grpc`` (``grpc://``) for inference, ``management``, ``grpc_management``, and the page ``metrics``."""
         return {
             "http": f"http://{HOST}:{self._ports['inference']}",
             "grpc": f"grpc://{HOST}:{self._ports['grpc']}",
@@ -118,7 +118,9 @@ class TorchServeServer:
             # TorchServe logged only because it was stopped.
             happened = str(error).partition(": ")[0]
             cause = failure_cause(self._log() if " ended (" in happened else self._seen_log)
-            raise LaunchError(f"{happened}: {cause}" if cause else str(error), log_tail=error.log_tail) from None
+            text = f"{happened}: {cause}" if cause else str(error)
+            remedy = "; raise startup_timeout_s" if "was not ready" in happened else ""
+            raise LaunchError(text + remedy, log_tail=error.log_tail) from None
 
     def _is_ready(self) -> bool:
         log = self._seen_log = self._log()

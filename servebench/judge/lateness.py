@@ -7,9 +7,10 @@ into a stalled loop's pauses as often as replies do, so the share of late querie
 for the replies that were stamped late.
 
 Three parties hold queries back, and each is named: the event loop (no CPU, a pause), the
-cap ``client.max_connections`` (over gRPC the server's limit of streams), and connections being opened on demand, which is in part the
-server's time and therefore never invalidates a run. Queries carry no such mark; a worker
-counts its waits, so of its late queries at most that many are put down to them.
+cap ``client.max_connections`` (over gRPC the server's limit of streams), and connections
+being opened on demand, which is in part the server's time and therefore never invalidates a
+run. Queries carry no such mark; a worker counts its waits, so of its late queries at most
+that many are put down to them.
 """
 
 from __future__ import annotations

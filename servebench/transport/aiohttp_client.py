@@ -93,10 +93,11 @@ class AiohttpTransport(ReferenceTransport):
         """
         address = await resolve(self._host, self._port)
         try:
-            await connect(_Probe(), address, tls=self._ssl, host=self._host, timeout_s=self._timeout_s)
+            probe = await connect(_Probe(), address, tls=self._ssl, host=self._host, timeout_s=self._timeout_s)
         except OSError as error:
             raise TransportError(f"{self._host}:{self._port}: cannot connect: {connect_reason(error)}") from None
-        await asyncio.sleep(0)  # let the probe's transport run its connection_lost
+        probe.transport.close()
+        await probe.closed
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._max_connections or 0, ssl=self._ssl or True),
             skip_auto_headers=_AUTOMATIC_HEADERS,
@@ -193,8 +194,16 @@ class AiohttpTransport(ReferenceTransport):
 
 
 class _Probe(asyncio.Protocol):
+    """A connection that carries nothing."""
+
+    def __init__(self) -> None:
+        self.closed = asyncio.get_running_loop().create_future()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set_result(None)
 
 
 def _read_failure(error: Exception, *, reused: bool) -> tuple[Outcome, str]:

@@ -48,7 +48,7 @@ def make_transport(settings: TransportSettings, sink: Sink) -> Transport:
                 settings.url,
                 sink,
                 settings.target,
-                [tuple(pair) for pair in settings.metadata],
+                [(name, value) for name, value in settings.metadata],
                 channels=settings.channels,
                 ca_file=settings.ca_file,
                 timeout_ns=settings.timeout_ns,

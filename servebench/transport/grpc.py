@@ -2,6 +2,8 @@
 
 Strategy: a fixed number of channels, each call on the one with the fewest active streams.
 A channel that says GOAWAY or breaks is replaced at once, and finishes what it is allowed to.
+(One that breaks just after it opened, before it carried a call, is replaced when a call needs
+it: a server that turns every connection away must not keep us connecting.)
 The server's MAX_CONCURRENT_STREAMS is respected: a call that finds every channel full waits in
 order, and is counted. As over HTTP/1.1, bytes are written by one system call right after the
 issue stamp, receipt is stamped before parsing, and nothing is ever retried.
@@ -25,28 +27,44 @@ from servebench.wire.faults import ProtocolFault
 from servebench.wire.grpc import read_end
 from servebench.wire.http2 import HeaderMemo, Http2Client, Stream
 
+_SHORT_LIFE_NS = 1_000_000_000
+
 
 class Channel(asyncio.Protocol):
     """One HTTP/2 connection."""
 
-    def __init__(self, pool: GrpcTransport, number: int, *, direct: bool) -> None:
+    def __init__(self, pool: GrpcTransport, number: int) -> None:
+        loop = asyncio.get_running_loop()
         self._pool = pool
-        self._fd = 0 if direct else -1
+        self._fd = -1
+        self._is_ready = False
+        self._opened_ns = 0
         self.number = number
         self.http2 = Http2Client(pool.header_block, pool.memo)
-        self.closed = False
-        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.settled: asyncio.Future[None] = loop.create_future()  #: done when calls may be sent, or never will be
+        self.gone: asyncio.Future[None] = loop.create_future()  #: done when the connection is closed
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, not the base class
-        if self._fd == 0:
+        self._opened_ns = now_ns()
+        self._pool.opened(self)
+        tls = transport.get_extra_info("ssl_object")
+        if tls is None:
             self._fd = transport.get_extra_info("socket").fileno()
+        elif tls.selected_alpn_protocol() != "h2":
+            self.break_off(Outcome.PROTOCOL, "the server does not speak HTTP/2 over TLS (ALPN h2)", self._opened_ns)
+            return
         self._write(self.http2.preface())
 
     @property
-    def capacity(self) -> int:
-        """How many more calls may be sent now."""
-        return 0 if self.closed or self._transport.is_closing() else self.http2.capacity
+    def usable(self) -> bool:
+        """Whether either side has not begun to close."""
+        return not self._transport.is_closing()
+
+    @property
+    def short_lived(self) -> bool:
+        """Whether it opened just now and never carried a call."""
+        return not self.http2.used and now_ns() - self._opened_ns < _SHORT_LIFE_NS
 
     def send(self, row: int, message: bytes | memoryview) -> None:
         """Open a stream for one call."""
@@ -55,56 +73,62 @@ class Channel(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         at_ns = now_ns()
-        http2, was_going = self.http2, self.http2.goaway is not None
+        http2, pool = self.http2, self._pool
+        ended: list[Stream] = []
+        fault = None
         try:
-            ended = http2.feed(data, at_ns)
-        except ProtocolFault as fault:
-            self.break_off(Outcome.PROTOCOL, str(fault), at_ns)
-            return
+            http2.feed(data, at_ns, ended)
+        except ProtocolFault as error:
+            fault = str(error)
         if http2.outgoing:
-            out = bytes(http2.outgoing)
-            http2.outgoing.clear()
-            self._write(out)
+            self._flush()
         for stream in ended:
-            self._pool.finish(stream, at_ns)
-        if http2.ready and not self.settled.done():
-            self.settled.set_result(None)
-        if http2.goaway is not None:
-            if not was_going:
-                self._pool.retire(self)
-            if not http2.active:
-                self.discard()
-        if ended:
-            self._pool.serve_waiting()
+            pool.finish(stream, at_ns)
+        if fault is not None:
+            self.break_off(Outcome.PROTOCOL, fault, at_ns)
+        elif http2.goaway is not None:
+            pool.retire(self)
+        elif http2.ready and not self._is_ready:
+            self._is_ready = True
+            pool.ready(self)
+            _settle(self.settled)
+        if pool.waiting:
+            pool.serve_waiting()
 
     def eof_received(self) -> bool:
+        self._pool.leave(self)
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.break_off(Outcome.RESET, f"connection lost{f': {exc}' if exc else ''}", now_ns())
-        if not self.settled.done():
-            self.settled.set_exception(ConnectionResetError("closed before the HTTP/2 settings were exchanged"))
-        self._pool.lost(self)
+        goaway = self.http2.goaway
+        detail = f"connection lost{f' after {goaway}' if goaway else ''}{f': {exc}' if exc else ''}"
+        self.break_off(Outcome.RESET, detail, now_ns())
+        self._pool.closed(self)
+        self.gone.set_result(None)
 
     def cancel(self, row: int) -> Stream | None:
         """Give a call up; None when it has ended."""
         stream = self.http2.cancel(row)
-        if stream is not None and not self.closed:
-            out = bytes(self.http2.outgoing)
-            self.http2.outgoing.clear()
-            self._write(out)
+        if stream is not None and self.usable:
+            self._flush()
         return stream
 
     def break_off(self, outcome: Outcome, detail: str, at_ns: int) -> None:
         """The connection is of no more use: its calls end, and it is closed."""
         self.discard()
+        _settle(self.settled, ConnectionError(detail))
         for stream in self.http2.drop_all():
             self._pool.sink.failed(stream.row, stream.first_byte_ns, at_ns, outcome, detail)
 
     def discard(self) -> None:
         """Close now."""
-        self.closed = True
+        self._pool.leave(self)
         self._transport.abort()
+
+    def _flush(self) -> None:
+        out = bytes(self.http2.outgoing)
+        self.http2.outgoing.clear()
+        self._write(out)
 
     def _write(self, data: bytes) -> None:
         if self._fd < 0 or self._transport.get_write_buffer_size():
@@ -119,6 +143,17 @@ class Channel(asyncio.Protocol):
             return
         if sent != len(data):
             self._transport.write(memoryview(data)[sent:])
+
+
+def _settle(future: asyncio.Future[None], error: Exception | None = None) -> None:
+    """Decide a future that perhaps nobody awaits any more."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+        future.exception()  # counts as looked at
 
 
 class GrpcTransport:
@@ -149,11 +184,11 @@ class GrpcTransport:
         self._wanted = channels
         self._connect_timeout_s = connect_timeout_s
         self._address: Address | None = None
-        self._channels: dict[int, Channel] = {}  # that take calls
-        self._going: dict[int, Channel] = {}  # that finish theirs after a GOAWAY
-        self._waiting: deque[tuple[int, bytes | memoryview, int]] = deque()
-        self._connecting: set[asyncio.Task[Channel]] = set()
+        self._open: dict[int, Channel] = {}  # until their connection is closed
+        self._channels: dict[int, Channel] = {}  # of those, the ones that take calls
+        self._connecting: set[asyncio.Task[None]] = set()
         self._next_number = 0
+        self.waiting: deque[tuple[int, bytes | memoryview, int, bool]] = deque()  #: row, message, since, for a stream
         self.sink = sink
         self.header_block = header_block
         self.memo: HeaderMemo = {}
@@ -161,8 +196,8 @@ class GrpcTransport:
 
     def __repr__(self) -> str:
         return (
-            f"<GrpcTransport {self._host}:{self._port} channels={len(self._channels)} going={len(self._going)} "
-            f"connecting={len(self._connecting)} waiting={len(self._waiting)}>"
+            f"<GrpcTransport {self._host}:{self._port} channels={len(self._channels)} "
+            f"going={len(self._open) - len(self._channels)} connecting={len(self._connecting)} waiting={len(self.waiting)}>"
         )
 
     async def open(self, connections: int) -> None:
@@ -170,46 +205,60 @@ class GrpcTransport:
         self._address = await resolve(self._host, self._port)
         results = await asyncio.gather(*(self._connect() for _ in range(self._wanted)), return_exceptions=True)
         for result in results:
-            if isinstance(result, Channel):
-                self._channels[result.number] = result
-            elif not isinstance(result, OSError):
+            if isinstance(result, BaseException) and not isinstance(result, OSError):
                 raise result
         if not self._channels:
-            failure = next(result for result in results if isinstance(result, OSError))
-            raise TransportError(f"{self._host}:{self._port}: cannot connect: {connect_reason(failure)}")
+            failure = next((result for result in results if isinstance(result, OSError)), None)
+            reason = connect_reason(failure) if failure else "the server closed the connection at once"
+            raise TransportError(f"{self._host}:{self._port}: cannot connect: {reason}")
 
     def issue(self, row: int, request: bytes | memoryview) -> None:
-        channel = None if self._waiting else self._emptiest()
+        channel = None if self.waiting else self._emptiest()
         if channel is not None:
             channel.send(row, request)
             return
+        for_stream = bool(self._channels)
         self.stats.connection_waits += 1
-        self.stats.stream_waits += bool(self._channels)
-        self._waiting.append((row, request, now_ns()))
+        self.stats.stream_waits += for_stream
+        self.waiting.append((row, request, now_ns(), for_stream))
+        for one in [one for one in self._channels.values() if one.http2.goaway is not None]:
+            self.retire(one)  # its stream numbers were used up
         self._reconnect()
 
     def cancel(self, row: int, connection: int, outcome: Outcome, detail: str) -> None:
-        channel = self._channels.get(connection) or self._going.get(connection)
+        channel = self._open.get(connection)
         stream = channel.cancel(row) if channel is not None else None
-        if stream is not None:
-            self.sink.failed(row, stream.first_byte_ns, now_ns(), outcome, detail)
-            self.serve_waiting()
+        if channel is None or stream is None:
+            return
+        self.sink.failed(row, stream.first_byte_ns, now_ns(), outcome, detail)
+        if channel.http2.goaway is not None:
+            self.retire(channel)
+        self.serve_waiting()
 
     def abandon_waiting(self) -> list[int]:
-        rows = [row for row, _, _ in self._waiting]
-        self._waiting.clear()
+        rows = [row for row, _, _, _ in self.waiting]
+        self.waiting.clear()
         return rows
 
     async def close(self) -> None:
+        self._wanted = 0
         for task in self._connecting:
             task.cancel()
         await asyncio.gather(*self._connecting, return_exceptions=True)
-        self._wanted = 0
-        for channel in [*self._channels.values(), *self._going.values()]:
+        channels = list(self._open.values())
+        for channel in channels:
             channel.discard()
-        await asyncio.sleep(0)  # let the transports run their connection_lost
+        await asyncio.gather(*(channel.gone for channel in channels))
 
     # --- called by channels -------------------------------------------------------------
+
+    def opened(self, channel: Channel) -> None:
+        """A channel has its connection."""
+        self._open[channel.number] = channel
+        stats = self.stats
+        stats.connections_opened += 1
+        stats.connections_open += 1
+        stats.connections_peak = max(stats.connections_peak, stats.connections_open)
 
     def finish(self, stream: Stream, at_ns: int) -> None:
         """A call has ended; tell the sink how."""
@@ -226,33 +275,45 @@ class GrpcTransport:
 
     def serve_waiting(self) -> None:
         """Send calls that waited, as far as there is room now."""
-        while self._waiting and (channel := self._emptiest()) is not None:
-            row, request, since_ns = self._waiting.popleft()
-            self.stats.stream_wait_ns += now_ns() - since_ns
+        while self.waiting and (channel := self._emptiest()) is not None:
+            row, request, since_ns, for_stream = self.waiting.popleft()
+            if for_stream:
+                self.stats.stream_wait_ns += now_ns() - since_ns
             channel.send(row, request)
 
+    def ready(self, channel: Channel) -> None:
+        """A channel takes calls."""
+        self._channels[channel.number] = channel
+
     def retire(self, channel: Channel) -> None:
-        """A channel takes no more calls, but finishes those it has: open another."""
-        if self._channels.pop(channel.number, None) is not None:
-            self._going[channel.number] = channel
+        """A channel takes no more calls, but finishes those it has."""
+        self.leave(channel)
+        if not channel.http2.streams:
+            channel.discard()
+
+    def leave(self, channel: Channel) -> None:
+        """A channel takes no more calls: open another in its place."""
+        if self._channels.pop(channel.number, None) is not None and (self.waiting or not channel.short_lived):
             self._reconnect()
 
-    def lost(self, channel: Channel) -> None:
-        """A channel is gone: open another in its place."""
+    def closed(self, channel: Channel) -> None:
+        """A channel's connection is closed."""
+        del self._open[channel.number]
         self.stats.connections_open -= 1
-        self._going.pop(channel.number, None)
-        if self._channels.pop(channel.number, None) is not None:
-            self._reconnect()
 
     # --- connecting ---------------------------------------------------------------------
 
     def _emptiest(self) -> Channel | None:
-        best, fewest = None, 1 << 62
-        for channel in self._channels.values():
-            active = channel.http2.active
-            if active < fewest and channel.capacity > 0:
-                best, fewest = channel, active
-        return best
+        while True:
+            best, fewest = None, 1 << 62
+            for channel in self._channels.values():
+                http2 = channel.http2
+                active = len(http2.streams)
+                if active < fewest and active < http2.max_streams:
+                    best, fewest = channel, active
+            if best is None or best.usable:
+                return best
+            self.leave(best)
 
     def _reconnect(self) -> None:
         while len(self._channels) + len(self._connecting) < self._wanted:
@@ -260,39 +321,36 @@ class GrpcTransport:
             self._connecting.add(task)
             task.add_done_callback(self._connect_ended)
 
-    def _connect_ended(self, task: asyncio.Task[Channel]) -> None:
+    def _connect_ended(self, task: asyncio.Task[None]) -> None:
         self._connecting.discard(task)
         if task.cancelled():
             return
         error = task.exception()
         if error is None:
-            channel = task.result()
-            if channel.closed:  # it broke between its settings and now
+            if self.waiting:  # the channel may have broken meanwhile
                 self._reconnect()
-            else:
-                self._channels[channel.number] = channel
-                self.serve_waiting()
         elif isinstance(error, OSError):
             reason = connect_reason(error)
             self.stats.connect_failures[reason] = self.stats.connect_failures.get(reason, 0) + 1
-            if self._waiting and not self._channels:
-                row, _, _ = self._waiting.popleft()
+            if self.waiting and not self._channels:
+                row, _, _, _ = self.waiting.popleft()
                 self.sink.failed(row, 0, now_ns(), connect_outcome(error), f"connect: {reason}")
-            if self._waiting:  # with nobody waiting, the next call tries again
-                self._reconnect()
+                if self.waiting:  # with nobody waiting, the next call tries again
+                    self._reconnect()
         else:
             raise error
 
-    async def _connect(self) -> Channel:
+    async def _connect(self) -> None:
+        """Open one more channel, ready for calls. `OSError` when it cannot be."""
         assert self._address is not None, "open() comes first"
         number = self._next_number
         self._next_number += 1
-        channel = Channel(self, number, direct=self._ssl is None)
+        channel = Channel(self, number)
         await connect(channel, self._address, tls=self._ssl, host=self._host, timeout_s=self._connect_timeout_s)
-        stats = self.stats
-        stats.connections_opened += 1
-        stats.connections_open += 1
-        stats.connections_peak = max(stats.connections_peak, stats.connections_open)
-        async with asyncio.timeout(self._connect_timeout_s):
-            await channel.settled
-        return channel
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await channel.settled
+        except BaseException:
+            channel.discard()
+            await channel.gone
+            raise

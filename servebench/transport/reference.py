@@ -16,6 +16,7 @@ the contract (`servebench.transport.base.Transport`):
 from __future__ import annotations
 
 import asyncio
+import functools
 
 from servebench.clock import now_ns
 from servebench.record.outcome import Outcome
@@ -62,7 +63,7 @@ class ReferenceTransport:
         query = self._out[row] = Query(row)
         query.task = asyncio.get_running_loop().create_task(self.carry(query, request))
         self._tasks.add(query.task)
-        query.task.add_done_callback(self._task_ended)
+        query.task.add_done_callback(functools.partial(self._task_ended, query))
 
     def cancel(self, row: int, connection: int, outcome: Outcome, detail: str) -> None:
         query = self._out.pop(row, None)
@@ -112,7 +113,8 @@ class ReferenceTransport:
         stats.connections_open = connections
         stats.connections_peak = max(stats.connections_peak, connections)
 
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
+    def _task_ended(self, query: Query, task: asyncio.Task[None]) -> None:
+        del query.task  # a cancelled task keeps its error, whose frames hold the query: collection is off while measuring
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error  # a fault of our own: the loop's exception handler must hear of it

@@ -171,6 +171,11 @@ class Http2Client:
         self.outgoing = bytearray()
         self.peer_settings: dict[int, int] = {}
 
+    @property
+    def used(self) -> bool:
+        """Whether a stream was ever opened."""
+        return self._next_number > 1
+
     def preface(self) -> bytes:
         """What a connection begins with: our settings, and a large receive window."""
         settings = {
@@ -255,7 +260,7 @@ class Http2Client:
             if kind == DATA:
                 self._received += stop - start  # padding included, and whoever still wants it
                 if flags & PADDED:
-                    start, stop = _bounds(flags, data, start, stop)
+                    start, stop = _bounds(PADDED, data, start, stop)
                 stream = streams.get(number) or self._find(number)
                 if stream is None:
                     continue

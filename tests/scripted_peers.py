@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,11 +39,12 @@ def row_of(payload: bytes) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server does with one query, once ``after`` queries have ended at the client."""
+    """What a server does with one query: not before ``after`` queries have ended at the client, and ``seen`` arrived here."""
 
     kind: Literal["reply", "refuse", "drop", "never"] = "reply"
     body: bytes = b"ok"
     after: int = 0
+    seen: int = 0
 
 
 #: payload -> its answer
@@ -123,26 +125,42 @@ class Peer:
 
     scheme = ""
 
-    def __init__(self, script: Script, tape: Tape, *, max_streams: int | None = None) -> None:
+    def __init__(
+        self, script: Script, tape: Tape, *, max_streams: int | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.script = script
         self.tape = tape
         self.max_streams = max_streams
+        self.tls = tls
         self.payloads: list[bytes] = []  #: in the order they arrived
+        self.heads: list[bytes] = []  #: HTTP/1.1's
         self.accepted = 0  #: connections
         self.open = 0
         self.received_bytes = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self.transports: set[asyncio.Transport] = set()
+        self._arrived = asyncio.Event()
 
     async def __aenter__(self) -> Peer:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self.protocol, "127.0.0.1", 0)
+        self._server = await loop.create_server(self.protocol, "127.0.0.1", 0, ssl=self.tls)
         self.port: int = self._server.sockets[0].getsockname()[1]
-        self.url = f"{self.scheme}://127.0.0.1:{self.port}"
+        self.url = f"{self.scheme}{'s' if self.tls else ''}://127.0.0.1:{self.port}"
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         await self.stop()
+
+    def arrive(self, payload: bytes) -> None:
+        """A whole query is here."""
+        self.payloads.append(payload)
+        self._arrived.set()
+
+    async def seen(self, count: int) -> None:
+        """Wait until that many queries have arrived."""
+        while len(self.payloads) < count:
+            self._arrived.clear()
+            await self._arrived.wait()
 
     async def stop(self) -> None:
         """Stop listening and close every connection."""
@@ -176,7 +194,7 @@ class PeerConnection(asyncio.Protocol):
 
     def take(self, payload: bytes, *where: int) -> None:
         """A whole query is here: act as the script says."""
-        self.peer.payloads.append(payload)
+        self.peer.arrive(payload)
         answer = self.peer.script(payload)
         if answer.kind == "never":
             return
@@ -186,6 +204,7 @@ class PeerConnection(asyncio.Protocol):
 
     async def _act(self, answer: Answer, where: tuple[int, ...]) -> None:
         await self.peer.tape.ends(answer.after)
+        await self.peer.seen(answer.seen)
         if not self.transport.is_closing():
             self.act(answer, *where)
 
@@ -205,7 +224,6 @@ class HttpPeer(Peer):
 class _HttpConnection(PeerConnection):
     def __init__(self, peer: Peer) -> None:
         super().__init__(peer)
-        self.heads: list[bytes] = []
         self._data = bytearray()
 
     def data_received(self, data: bytes) -> None:
@@ -220,6 +238,7 @@ class _HttpConnection(PeerConnection):
         if len(self._data) == start + size:
             payload = bytes(self._data[start:])
             self._data.clear()
+            self.peer.heads.append(head)
             self.take(payload)
 
     def act(self, answer: Answer, *where: int) -> None:
