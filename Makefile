@@ -14,7 +14,7 @@ setup: $(STAMP) ## create .venv with everything that the tests and the bundled s
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes, mostly downloads)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[triton,train,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[grpc,triton,torchserve,train,dev]'
 	@touch $@
 
 quickstart: $(STAMP) ## host the digits model on a real Triton and load-test it (about half a minute)

@@ -40,7 +40,7 @@ class StubOptions(BaseModel):
     service: Service = Service(kind="constant", mean_ms=5.0)
     """How long it works on a query."""
     queue_limit: Annotated[int, Field(ge=0)] | None = None
-    """Most queries that may wait, not counting those in service; one beyond it gets status 503 at once."""
+    """Most queries that may wait, not counting those in service; one beyond it gets status 503 (gRPC: UNAVAILABLE) at once."""
     faults: Faults = Faults()
     """Replies that are spoilt on purpose."""
     input_elements: Elements = 16

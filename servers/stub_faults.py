@@ -40,30 +40,30 @@ Prepare = Callable[[Fault | None], Callable[[], None]]
 
 
 class Faults(BaseModel):
-    """Probabilities (0-1) that the reply to an inference query is spoilt. What a fault does over gRPC stands in brackets."""
+    """Probabilities (0-1) that the reply to an inference query is spoilt."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     status: Probability = 0.0
-    """An error reply with `status_code`. [Status 14, UNAVAILABLE]"""
+    """An error reply with `status_code`. gRPC: status 14, UNAVAILABLE."""
     status_code: Annotated[int, Field(ge=400, le=599)] = 503
     """HTTP status of `status` faults."""
     reset: Probability = 0.0
-    """No reply: the connection is reset (TCP RST). [The call is: RST_STREAM with INTERNAL_ERROR]"""
+    """No reply: the connection is reset (TCP RST). gRPC: the call alone is reset, with INTERNAL_ERROR."""
     truncated: Probability = 0.0
-    """The connection is closed after half of the announced body. [Half of the message, then trailers with status 0]"""
+    """The connection is closed after half of the announced body. gRPC: half of the message, then status 0."""
     slow_body: Probability = 0.0
-    """The second half of the body follows `slow_body_delay_ms` after the first. [Of the message]"""
+    """The second half of the body follows `slow_body_delay_ms` after the first. gRPC: of the message."""
     slow_body_delay_ms: Milliseconds = 100.0
     """Pause of `slow_body` faults."""
     hang: Probability = 0.0
-    """No reply, ever; the connection stays open. [So does the call]"""
+    """No reply, ever; the connection stays open. gRPC: so does the call."""
     wrong_output: Probability = 0.0
-    """Status 200, but the output tensor carries no data. [Status 0]"""
+    """Status 200, but the output tensor carries no data. gRPC: status 0, likewise."""
     garbage: Probability = 0.0
-    """Bytes that are not HTTP; the connection stays open. [Bytes that are no HTTP/2 frame]"""
+    """Bytes that are not HTTP; the connection stays open. gRPC: bytes that are no HTTP/2 frame."""
     close_idle: Probability = 0.0
-    """A good reply, then the connection is closed without having said `Connection: close`. [Or GOAWAY]"""
+    """A good reply, then the connection is closed without having said `Connection: close`. gRPC: or GOAWAY."""
     seed: Seed = 0
     """Seed of the fault streams (numpy's PCG64)."""
 

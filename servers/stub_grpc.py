@@ -132,8 +132,9 @@ class GrpcConnection(asyncio.Protocol):
         # h2 is at the end of the chunk already. What it has closed by then can be answered no more,
         # so ends come first: a call that is given up in the chunk that completes it never arrived.
         self._given_up = {event.stream_id for event in received if isinstance(event, events.StreamReset)}
-        for stream in self._given_up & self._calls.keys():
-            self._end(self._calls[stream])
+        for stream in self._given_up:
+            if call := self._calls.get(stream):
+                self._end(call)
         if any(isinstance(event, events.ConnectionTerminated) for event in received):
             self._close()
         for event in received:
@@ -198,7 +199,7 @@ class GrpcConnection(asyncio.Protocol):
             self._fail(call, error.status, str(error))
             self._depart(call, b"")
 
-    # Replying: `_begin`, `_fail` or `_reset` give h2 what there is to say, `_depart` sends it.
+    # Replying: `_begin` and `_fail` give h2 what there is to say, `_depart` sends it.
 
     def _prepare(self, call: Call, inference: Inference, fault: Fault | None) -> Callable[[], None]:
         if self._calls.get(call.stream) is not call or fault is Fault.HANG:
@@ -252,21 +253,20 @@ class GrpcConnection(asyncio.Protocol):
     def _depart(self, call: Call, frames: bytes, rest: bytes = b"") -> None:
         """Send ``frames``, made of a reply, and what may follow them; ``rest`` of its message follows later."""
         self._write(frames)
-        if self._calls.get(call.stream) is not call:  # it was given up, or the connection is gone
-            return
         self._continue(call)
         if rest:
             delay_s = self._service.options.faults.slow_body_delay_ms / 1e3
             asyncio.get_running_loop().call_later(delay_s, self._resume, call, rest)
 
     def _resume(self, call: Call, rest: bytes) -> None:
-        if self._calls.get(call.stream) is call:
-            call.unsent = memoryview(bytes(call.unsent) + rest)
-            call.trailers = _TRAILERS
-            self._continue(call)
+        call.unsent = memoryview(bytes(call.unsent) + rest)
+        call.trailers = _TRAILERS
+        self._continue(call)
 
     def _continue(self, call: Call) -> None:
         """Send what is left of a reply, as far as the client's windows allow."""
+        if self._calls.get(call.stream) is not call:  # it was given up, or the connection is gone
+            return
         if not call.replied:
             self._push(call)
         self._flush()
@@ -280,7 +280,7 @@ class GrpcConnection(asyncio.Protocol):
     def _end(self, call: Call) -> None:
         self._blocked.pop(call.stream, None)
         del self._calls[call.stream]
-        if call.closes or (self._leaving and not self._calls):
+        if (call.closes and call.replied) or (self._leaving and not self._calls):
             self._close()
 
     # The socket.

@@ -29,7 +29,7 @@ _STARTED = "Model server started."
 _PROBE_TIMEOUT_S = 2.0
 # The end of a Python traceback. "RuntimeError: 500 - ..." is the worker's own, after the exception proper.
 _EXCEPTION = re.compile(r"(?!RuntimeError: \d{3} - )[A-Za-z_][\w.]*(: |$)")
-# Netty listens for 2 s after its last connection, and unloading the model takes another second.
+# Netty ends after 2 quiet seconds, and a query under way may take longer.
 _STOP_GRACE_S = 10.0
 
 
@@ -56,6 +56,7 @@ class TorchServeServer:
         self._temp_dir = temp_dir
         self._tokens: dict[str, str] = {}
         self._seen_log = ""
+        self._described: dict[str, Any] = {}
         self._facts = dict(facts)
 
     @property
@@ -131,13 +132,13 @@ class TorchServeServer:
         if self._config.token_auth and not self._tokens:
             self._tokens = read_tokens(self._temp_dir / KEY_FILE)
         try:
-            workers = self._describe_model()["workers"]
+            self._described = self._describe_model()
         except (OSError, http.client.HTTPException):  # it is busy, or about to end
             return False
-        return [worker["status"] for worker in workers] == ["READY"] * self._config.workers
+        return [worker["status"] for worker in self._described["workers"]] == ["READY"] * self._config.workers
 
     def _check_config(self) -> None:
-        differences = self._config.differences(self._describe_model())
+        differences = self._config.differences(self._described)
         if differences:
             message = f"TorchServe changed the model's configuration: {'; '.join(differences)}"
             raise LaunchError(message, log_tail=self._process.log_tail())

@@ -399,8 +399,8 @@ def close_to(logits: NDArray[Any], golden: NDArray[Any]) -> None:
 
 @needs_torchserve
 @pytest.mark.torchserve
-def test_all_held_out_images_joined_into_batches(server: TorchServeServer, heldout: dict[str, NDArray[Any]]) -> None:
-    """Each of sixteen clients gets its own images' answers, though TorchServe mixes them."""
+def test_all_held_out_images_of_sixteen_clients_at_once(server: TorchServeServer, heldout: dict[str, NDArray[Any]]) -> None:
+    """Each client gets its own images' answers, though TorchServe mixes them."""
     log_bytes = server.log_path.stat().st_size
     with ThreadPoolExecutor(16) as threads:
         logits = np.concatenate(list(threads.map(lambda image: predict(server, image), heldout["IMAGE"])))
@@ -465,9 +465,11 @@ def grpc_predict(server: TorchServeServer, content: bytes, metadata: Any = ()) -
 @needs_torchserve
 @pytest.mark.torchserve
 def test_predictions_over_grpc(server: TorchServeServer, heldout: dict[str, NDArray[Any]]) -> None:
+    log_bytes = server.log_path.stat().st_size
     for row in (0, 200, 359):
         prediction = grpc_predict(server, heldout["IMAGE"][row].tobytes())
         close_to(np.frombuffer(prediction, "<f4"), heldout["LOGITS"][row])
+    assert server.log_path.stat().st_size == log_bytes
 
 
 @needs_torchserve
@@ -571,8 +573,9 @@ def check_tokens(server: TorchServeServer, authorization: dict[str, str], heldou
     close_to(predict(server, image, Authorization=authorization["inference"]), golden)
 
     grpc = pytest.importorskip("grpc")
-    with pytest.raises(grpc.RpcError):
+    with pytest.raises(grpc.RpcError) as caught:
         grpc_predict(server, image.tobytes())
+    assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
     prediction = grpc_predict(server, image.tobytes(), [("authorization", authorization["inference"])])
     close_to(np.frombuffer(prediction, "<f4").reshape(1, 10), golden)
 
@@ -584,7 +587,7 @@ def check_tokens(server: TorchServeServer, authorization: dict[str, str], heldou
 
 
 def check_short_queue(server: TorchServeServer, authorization: str, heldout: dict[str, NDArray[Any]]) -> None:
-    """Of eight large requests at once, one is worked on, one waits (or is taken up in turn), the others get 503."""
+    """Of eight large requests at once, one is worked on, one waits, and most others are refused: 503, over gRPC INTERNAL."""
     many = np.tile(heldout["IMAGE"], (10, 1, 1, 1)).tobytes()
     headers = RAW | {"Authorization": authorization}
     with ThreadPoolExecutor(8) as threads:
@@ -594,6 +597,17 @@ def check_short_queue(server: TorchServeServer, authorization: str, heldout: dic
     for status, reply in replies:
         if status == 200:
             close_to(np.frombuffer(reply, "<f4").reshape(-1, 10), np.tile(heldout["LOGITS"], (10, 1)))
+
+    grpc = pytest.importorskip("grpc")
+
+    def code(_: int) -> Any:
+        try:
+            return grpc_predict(server, many, [("authorization", authorization)]) and grpc.StatusCode.OK
+        except grpc.RpcError as error:
+            return error.code()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(code, range(8))) == {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL}
 
 
 @needs_torchserve
@@ -613,10 +627,15 @@ def test_corrupt_weights_fail_the_launch_and_leave_nothing(tmp_path: Path) -> No
 
 @needs_torchserve
 @pytest.mark.torchserve
-def test_a_killed_server_is_seen_and_swept(tmp_path: Path) -> None:
+def test_batches_by_delay_and_by_size_and_a_killed_server_is_swept(heldout: dict[str, NDArray[Any]], tmp_path: Path) -> None:
     weights = Path(shutil.copy(DIGITS.weights_path, tmp_path / "mine.pt"))
-    options = TorchServeOptions(weights=weights, workers=2, request_log=True)
+    options = TorchServeOptions(weights=weights, workers=2, batch_size=8, max_batch_delay_ms=1_000, request_log=True)
     killed = TorchServeLauncher().launch("digits", options, tmp_path / "work")
+    try:
+        check_batching(killed, heldout["IMAGE"][0])
+    except BaseException:
+        killed.stop()
+        raise
     processes, directory = members(killed), temp_dir(killed)
     assert len(processes) == 3
     assert killed.describe()["weights"]["origin"] == str(weights)
@@ -633,3 +652,14 @@ def test_a_killed_server_is_seen_and_swept(tmp_path: Path) -> None:
     assert killed.exit_code() == -9
     assert not any(alive(process) for process in processes)
     assert not directory.exists()
+
+
+def check_batching(server: TorchServeServer, image: NDArray[Any]) -> None:
+    """A request alone waits for company as long as it may; the eighth of eight ends the wait of all."""
+    started_s = time.monotonic()
+    predict(server, image)
+    assert time.monotonic() - started_s >= 1.0
+    started_s = time.monotonic()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: predict(server, image), range(8)))
+    assert time.monotonic() - started_s < 1.0
