@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
-from servebench_servers.process import ServerProcess, free_port
+from servebench_servers.host import free_port
+from servebench_servers.process import ServerProcess
 
 from servebench.wire.kserve import infer_path, model_path
 from servebench.wire.tensors import TensorSpec

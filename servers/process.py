@@ -23,7 +23,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -175,14 +174,6 @@ class ServerProcess:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, number)
         return not members
-
-
-def free_port() -> int:
-    """A TCP port that was free on 127.0.0.1 a moment ago (another process may take it before it is used)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _session_members(session: int) -> list[int]:

@@ -29,13 +29,12 @@ from pydantic import BaseModel, ConfigDict, Field, FilePath, model_validator
 from servebench.errors import LaunchError
 from servebench.launcher import Launcher
 
+from .host import choose_ports, installed_version
 from .models import MODELS, HostedModel
 from .process import ServerProcess
 from .torchserve_config import ENDPOINTS, TorchServeConfig
 from .torchserve_install import TorchServeInstallation, check_temp_dir, find_installation
 from .torchserve_server import KEY_FILE, TorchServeServer
-from .triton import choose_ports
-from .triton_install import installed_version
 
 
 class TorchServeOptions(BaseModel):

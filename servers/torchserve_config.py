@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-HOST = "127.0.0.1"
+from .host import HOST
 
 #: Endpoints that get a port of their own. ``worker`` is the first of the ports of its Python
 #: processes, used only where TorchServe cannot have Unix sockets.

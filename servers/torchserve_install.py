@@ -20,7 +20,7 @@ from pathlib import Path
 
 from servebench.errors import LaunchError
 
-from .triton_install import installed_version
+from .host import installed_version
 
 MIN_JAVA = 17  # TorchServe's own minimum (docs/Troubleshooting.md)
 INSTALL_HINT = "pip install 'servebench[torchserve]'"

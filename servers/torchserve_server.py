@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from servebench.errors import LaunchError
 from servebench.launcher import RunningServer
 
+from .host import HOST
 from .process import ServerProcess
-from .torchserve_config import HOST, TorchServeConfig
+from .torchserve_config import TorchServeConfig
 
 KEY_FILE = "key_file.json"
 _STARTED = "Model server started."

@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import shutil
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, FilePath, model_validator
 from servebench.errors import LaunchError
 from servebench.launcher import Launcher
 
+from .host import HOST, choose_ports, installed_version
 from .models import MODELS, HostedModel
-from .process import ServerProcess, free_port
+from .process import ServerProcess
 from .triton_config import DynamicBatching, TritonModelConfig
-from .triton_install import TritonInstallation, check_machine, find_installation, installed_version, shm_needed_bytes
-from .triton_server import HOST, TritonServer, new_shm_prefix
+from .triton_install import TritonInstallation, check_machine, find_installation, shm_needed_bytes
+from .triton_server import TritonServer, new_shm_prefix
 
 _LARGEST_ELEMENT_BYTES = 8  # of KServe's data types of fixed size
 
@@ -145,19 +145,6 @@ def write_model(hosted: HostedModel, config: TritonModelConfig, weights: Path, r
     return Path(shutil.copyfile(weights, version / hosted.weights_file))
 
 
-def choose_ports(wanted: Mapping[str, int]) -> dict[str, int]:
-    """A port for each endpoint: the wanted one if it is free (else `LaunchError`), a free one where 0 is wanted."""
-    for endpoint, port in wanted.items():
-        if port and _port_taken(port):
-            raise LaunchError(f"{endpoint}_port: {HOST}:{port} is in use; choose another, or 0 for a free one")
-    ports = {endpoint: port for endpoint, port in wanted.items() if port}
-    for endpoint in wanted.keys() - ports.keys():
-        while (port := free_port()) in ports.values():
-            pass
-        ports[endpoint] = port
-    return ports
-
-
 def server_command(
     server: Path,
     repository: Path,
@@ -218,17 +205,6 @@ def _facts(
 def _shm_bytes(hosted: HostedModel, options: TritonOptions) -> int:
     elements = sum(math.prod(spec.dims) for spec in (*hosted.inputs, *hosted.outputs))
     return shm_needed_bytes(options.instance_count, options.max_batch_size * elements * _LARGEST_ELEMENT_BYTES)
-
-
-def _port_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        # As Triton does: connections of an earlier server may still be closing.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return True
-        return False
 
 
 if TYPE_CHECKING:

@@ -26,6 +26,8 @@ from pathlib import Path
 
 from servebench.errors import LaunchError
 
+from .host import installed_version
+
 WHEEL = "nvidia-pytriton"
 SERVER_NAME = "tritonserver"
 STUB_NAME = "triton_python_backend_stub"
@@ -194,14 +196,6 @@ def trace_libraries(program: Path, env: Mapping[str, str]) -> str:
         [program], env={**env, "LD_TRACE_LOADED_OBJECTS": "1"}, capture_output=True, text=True, timeout=10, check=False
     )
     return traced.stdout + traced.stderr
-
-
-def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, None where it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _glibc_version() -> str | None:

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 from servebench.errors import LaunchError
 from servebench.launcher import RunningServer
 
+from .host import HOST
 from .process import ServerProcess
 from .triton_config import TritonModelConfig
 from .triton_install import SHM_DIR
 
-HOST = "127.0.0.1"
 _PROBE_TIMEOUT_S = 2.0
 # Unloading takes Triton a second per instance, and it looks at the result once a second.
 _STOP_GRACE_S, _STOP_GRACE_PER_INSTANCE_S = 5.0, 2.0

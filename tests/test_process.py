@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from servebench_servers.process import ServerProcess, free_port
+from servebench_servers.host import free_port
+from servebench_servers.process import ServerProcess
 
 from servebench.errors import LaunchError
 

@@ -1,4 +1,4 @@
-"""Our own clients against ordinary ones (aiohttp, grpcio) on real servers: the same queries, the same answers, less of ourselves."""
+"""Our own clients against ordinary ones (aiohttp, grpcio) on real servers: the same queries and answers, less of ourselves."""
 
 from collections.abc import Iterator
 from pathlib import Path

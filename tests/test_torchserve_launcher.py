@@ -23,11 +23,11 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from servebench_servers import torchserve_install
+from servebench_servers.host import choose_ports
 from servebench_servers.models.digits import DIGITS
 from servebench_servers.torchserve import TorchServeLauncher, TorchServeOptions
 from servebench_servers.torchserve_install import Java
 from servebench_servers.torchserve_server import TorchServeServer, failure_cause, read_tokens, worker_ended
-from servebench_servers.triton import choose_ports
 
 from servebench.errors import LaunchError
 from servebench.protos import KSERVE, TORCHSERVE, TORCHSERVE_SERVICE

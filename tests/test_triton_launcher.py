@@ -21,8 +21,9 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from servebench_servers import triton, triton_install
+from servebench_servers.host import choose_ports
 from servebench_servers.models.digits import DIGITS
-from servebench_servers.triton import TritonLauncher, TritonOptions, choose_ports, server_command
+from servebench_servers.triton import TritonLauncher, TritonOptions, server_command
 from servebench_servers.triton_server import TritonServer, failure_cause
 
 from servebench.errors import LaunchError

@@ -1,0 +1,52 @@
+"""This machine, as launchers need to know it: its loopback address and ports, and what is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import socket
+from collections.abc import Mapping
+
+from servebench.errors import LaunchError
+
+#: Launched servers are reachable from this machine alone.
+HOST = "127.0.0.1"
+
+
+def free_port() -> int:
+    """A TCP port that was free on 127.0.0.1 a moment ago (another process may take it before it is used)."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def choose_ports(wanted: Mapping[str, int]) -> dict[str, int]:
+    """A port for each endpoint: the wanted one if it is free (else `LaunchError`), a free one where 0 is wanted."""
+    for endpoint, port in wanted.items():
+        if port and _port_taken(port):
+            raise LaunchError(f"{endpoint}_port: {HOST}:{port} is in use; choose another, or 0 for a free one")
+    ports = {endpoint: port for endpoint, port in wanted.items() if port}
+    for endpoint in wanted.keys() - ports.keys():
+        while (port := free_port()) in ports.values():
+            pass
+        ports[endpoint] = port
+    return ports
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _port_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        # As the servers do: connections of an earlier server may still be closing.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return True
+        return False
