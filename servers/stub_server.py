@@ -250,7 +250,7 @@ async def _listen_grpc(stub: StubServer, options: StubOptions, connections: set[
         from .stub_grpc import GrpcConnection, GrpcService
         from .stub_grpc_kserve import GrpcModel
     except ImportError as error:
-        stub.grpc = {"reason": f"{error}; pip install h2 protobuf"}
+        stub.grpc = {"reason": f"{error}; pip install 'servebench[grpc]'"}
         return None
     service = GrpcService(GrpcModel(stub.model), options, stub.admit, stub.refusal)
     server, port = await _listen(lambda: GrpcConnection(service, connections), options.grpc_port)

@@ -42,7 +42,15 @@ _OPTIONS = (
 _PREFIX_BYTES = 5
 _NOT_CONNECTED = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
 #: How grpcio words what it found wrong itself. Since about 1.80 it is "Stream removed (...)".
-_OWN_WORDS = ("Stream removed", "Socket closed", "recvmsg:", "sendmsg:", "GOAWAY received", "Received RST_STREAM")
+_OWN_WORDS = (
+    "Stream removed",
+    "Socket closed",
+    "recvmsg:",
+    "sendmsg:",
+    "Delayed close",
+    "GOAWAY received",
+    "Received RST_STREAM",
+)
 _TIME_IS_UP = ("Stream removed (Deadline Exceeded)", "Deadline Exceeded")
 #: Our own host ran out: never the server's fault.
 _HOST_RAN_OUT = tuple(map(os.strerror, (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)))
@@ -52,6 +60,7 @@ class _Channel(NamedTuple):
     number: int
     channel: Any
     call: Any  #: of the one method
+    settled: asyncio.Future[bool]  #: whether the first attempt to connect succeeded
     watcher: asyncio.Task[None]
 
 
@@ -95,13 +104,10 @@ class GrpcioTransport(ReferenceTransport):
         await resolve(self._host, self._port)  # a wrong name is told at once, and in our words
         self._channels = [self._make_channel(number) for number in range(self._wanted)]
         self._turn = itertools.cycle(self._channels)
-        ready = [asyncio.create_task(self._is_ready(one)) for one in self._channels]
-        _, late = await asyncio.wait(ready, timeout=self._timeout_ns / 1e9)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
-        if not any(task.result() for task in ready if not task.cancelled()):
-            reason = "no answer within the time allowed" if late else await self._why_not(self._channels[0])
+        await asyncio.wait([one.settled for one in self._channels], timeout=self._timeout_ns / 1e9)
+        settled = [one.settled.result() for one in self._channels if one.settled.done()]
+        if not any(settled):
+            reason = await self._why_not(self._channels[0]) if settled else "no answer within the time allowed"
             await self.close()
             raise TransportError(f"{self._host}:{self._port}: cannot connect: {reason}")
 
@@ -149,14 +155,8 @@ class GrpcioTransport(ReferenceTransport):
         else:
             channel = aio.insecure_channel(target, options=_OPTIONS)
         call = channel.unary_unary(self._path, request_serializer=None, response_deserializer=None)
-        return _Channel(number, channel, call, asyncio.create_task(self._watch(channel)))
-
-    async def _is_ready(self, one: _Channel) -> bool:
-        state = one.channel.get_state(try_to_connect=True)
-        while state.name not in ("READY", "TRANSIENT_FAILURE"):
-            await one.channel.wait_for_state_change(state)
-            state = one.channel.get_state()
-        return bool(state.name == "READY")
+        settled = asyncio.get_running_loop().create_future()
+        return _Channel(number, channel, call, settled, asyncio.create_task(self._watch(channel, settled)))
 
     async def _why_not(self, one: _Channel) -> str:
         """grpcio tells why it cannot connect only to a call, and this one is harmless where it can."""
@@ -166,19 +166,21 @@ class GrpcioTransport(ReferenceTransport):
             return str(error.details() or error.code().name).partition("\n")[0]
         return "the connection broke"
 
-    async def _watch(self, channel: Any) -> None:
-        """Count what becomes of a channel's connections."""
-        was_ready = False
+    async def _watch(self, channel: Any, settled: asyncio.Future[bool]) -> None:
+        """Connect a channel, and count what becomes of its connections."""
+        state, was_ready = channel.get_state(try_to_connect=True), False
         while True:
-            state = channel.get_state()
-            ready = state.name == "READY"
+            ready, failed = state.name == "READY", state.name == "TRANSIENT_FAILURE"
             if ready != was_ready:
                 was_ready = ready
                 self.stats.connections_opened += ready
                 self.set_open(self.stats.connections_open + (1 if ready else -1))
-            elif state.name == "TRANSIENT_FAILURE":
+            if failed:
                 self.count_connect_failure("a channel could not connect")
+            if (ready or failed) and not settled.done():
+                settled.set_result(ready)
             await channel.wait_for_state_change(state)
+            state = channel.get_state()
 
 
 def read_error(code: str, details: str) -> tuple[Outcome, str]:
