@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import quote
@@ -20,6 +20,7 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.settings
+import uvloop
 
 from servebench.record.outcome import Outcome
 
@@ -69,8 +70,9 @@ class End:
 
 @dataclass
 class Tape:
-    """A sink that remembers, keeps every reply, and lets a test wait for a query's end."""
+    """A sink that remembers, asks for every reply (``keep``) or none, and lets a test wait for a query's end."""
 
+    keep: bool = True
     issues: dict[int, tuple[int, int]] = field(default_factory=dict)  #: row -> (issued ns, connection)
     replies: dict[int, bytes] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)  #: rows in the order of their ends
@@ -80,7 +82,7 @@ class Tape:
     def issued(self, row: int, at_ns: int, connection: int) -> bool:
         assert row not in self.issues, "issued twice"
         self.issues[row] = (at_ns, connection)
-        return True
+        return self.keep
 
     def completed(self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int) -> None:
         self._end(row, End(Outcome.OK, first_byte_ns, at_ns, status, response_bytes))
@@ -94,7 +96,7 @@ class Tape:
         self._end(row, End(outcome, first_byte_ns, at_ns, detail=detail))
 
     def reply(self, row: int, chunks: Sequence[bytes]) -> None:
-        assert self.of(row).result().outcome is Outcome.OK, "a reply follows its completion"
+        assert self.order[-1] == row, "a reply follows its query's end at once"
         assert row not in self.replies, "two replies to one query"
         self.replies[row] = b"".join(chunks)
 
@@ -112,6 +114,19 @@ class Tape:
         while len(self.order) < count:
             self._changed.clear()
             await self._changed.wait()
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    """Run a test on uvloop within a time; what fails in a callback fails the test."""
+    faults: list[dict[str, Any]] = []
+
+    async def bounded() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+        async with asyncio.timeout(20):
+            await test
+
+    uvloop.run(bounded())
+    assert not faults
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -218,10 +233,12 @@ class HttpPeer(Peer):
     scheme = "http"
 
     def protocol(self) -> PeerConnection:
-        return _HttpConnection(self)
+        return HttpConnection(self)
 
 
-class _HttpConnection(PeerConnection):
+class HttpConnection(PeerConnection):
+    """One HTTP/1.1 connection."""
+
     def __init__(self, peer: Peer) -> None:
         super().__init__(peer)
         self._data = bytearray()
@@ -261,32 +278,34 @@ class GrpcPeer(Peer):
     scheme = "grpc"
 
     def protocol(self) -> PeerConnection:
-        return _GrpcConnection(self)
+        return GrpcConnection(self)
 
 
-class _GrpcConnection(PeerConnection):
+class GrpcConnection(PeerConnection):
+    """One HTTP/2 connection."""
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         # Small control frames follow a message at once: they must not wait for its acknowledgement.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._http2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf-8"))
+        self.http2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf-8"))
         self._bodies: dict[int, bytearray] = {}
         self._unsent: dict[int, bytes] = {}
         if self.peer.max_streams is not None:
-            self._http2.local_settings = h2.settings.Settings(
+            self.http2.local_settings = h2.settings.Settings(
                 client=False, initial_values={h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: self.peer.max_streams}
             )
-        self._http2.initiate_connection()
-        self._flush()
+        self.http2.initiate_connection()
+        self.flush()
 
     def data_received(self, data: bytes) -> None:
         self.peer.received_bytes += len(data)
-        for event in self._http2.receive_data(data):
+        for event in self.http2.receive_data(data):
             match event:
                 case h2.events.RequestReceived():
                     self._bodies[event.stream_id] = bytearray()
                 case h2.events.DataReceived():
-                    self._http2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                    self.http2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                     self._bodies[event.stream_id] += event.data
                 case h2.events.StreamEnded():
                     message = bytes(self._bodies[event.stream_id])
@@ -297,7 +316,7 @@ class _GrpcConnection(PeerConnection):
                     self._unsent.pop(event.stream_id, None)
                 case h2.events.WindowUpdated():
                     self._send()
-        self._flush()
+        self.flush()
 
     def act(self, answer: Answer, *where: int) -> None:
         (stream,) = where
@@ -305,38 +324,39 @@ class _GrpcConnection(PeerConnection):
             return
         if answer.kind == "refuse":
             status = str(REFUSAL_GRPC_STATUS)
-            fields = [*_HEADERS, ("grpc-status", status), ("grpc-message", quote(REFUSAL))]
-            self._http2.send_headers(stream, fields, end_stream=True)
-            self._flush()
+            fields = [*GRPC_HEADERS, ("grpc-status", status), ("grpc-message", quote(REFUSAL))]
+            self.http2.send_headers(stream, fields, end_stream=True)
+            self.flush()
             return
-        self._http2.send_headers(stream, _HEADERS)
+        self.http2.send_headers(stream, GRPC_HEADERS)
         message = struct.pack(">BI", 0, len(answer.body)) + answer.body
         if answer.kind == "drop":
-            self._http2.send_data(stream, message[: len(message) // 2])
-            self._flush()
+            self.http2.send_data(stream, message[: len(message) // 2])
+            self.flush()
             self.transport.close()
         else:
             self._unsent[stream] = message
             self._send()
-            self._flush()
+            self.flush()
 
     def _send(self) -> None:
         for stream, message in list(self._unsent.items()):
             position = 0
             while position < len(message):
-                size = min(self._http2.local_flow_control_window(stream), self._http2.max_outbound_frame_size)
+                size = min(self.http2.local_flow_control_window(stream), self.http2.max_outbound_frame_size)
                 if size == 0:
                     break
-                self._http2.send_data(stream, message[position : position + size])
+                self.http2.send_data(stream, message[position : position + size])
                 position += size
             if position < len(message):
                 self._unsent[stream] = message[position:]
             else:
                 del self._unsent[stream]
-                self._http2.send_headers(stream, [("grpc-status", "0")], end_stream=True)
+                self.http2.send_headers(stream, [("grpc-status", "0")], end_stream=True)
 
-    def _flush(self) -> None:
-        self.transport.write(self._http2.data_to_send())
+    def flush(self) -> None:
+        """Send what h2 has gathered."""
+        self.transport.write(self.http2.data_to_send())
 
 
-_HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
+GRPC_HEADERS = [(":status", "200"), ("content-type", "application/grpc")]

@@ -54,7 +54,9 @@ BAD_INPUT = [
     pytest.param(["--set", "load.target_qps=fast"], "load.target_qps: input should be a valid number", id="rate is a word"),
     pytest.param(["--set", "load.target_qps"], "write key.path=value", id="set without value"),
     pytest.param(["--set", "load.target_qps.x=1"], "'target_qps' holds a value, not a section", id="set below a value"),
-    pytest.param(["--set", "server.launch=vllm"], "no launcher called 'vllm'; installed: stub, torchserve, triton", id="unknown launcher"),
+    pytest.param(
+        ["--set", "server.launch=vllm"], "no launcher called 'vllm'; installed: stub, torchserve, triton", id="unknown launcher"
+    ),
     pytest.param(
         ["--set", "server.options.prot=1"], "server.options.prot: unknown key; allowed here: service,", id="unknown option"
     ),

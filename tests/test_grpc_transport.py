@@ -71,6 +71,10 @@ class Calls:
         await self.until(lambda: bool(self._complete))
         return self._complete.popleft()
 
+    async def settled(self) -> None:
+        """Read, and acknowledge, the client's settings."""
+        await self.until(lambda: self.http2.remote_settings.header_table_size == 0)
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Read until something has happened."""
         while not condition():
@@ -425,6 +429,7 @@ def test_the_servers_limit_of_streams_makes_calls_wait_and_is_counted() -> None:
 
 def test_calls_wait_at_a_limit_of_no_streams_until_it_is_lifted() -> None:
     async def script(calls: Calls, number: int) -> None:
+        await calls.settled()
         await lift.wait()
         calls.http2.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: 1})
         calls.flush()
@@ -702,7 +707,7 @@ def test_a_server_that_turns_connections_away_is_not_stormed() -> None:
             call = await calls.next()
             calls.reply(call)
             await until(lambda: not welcome)
-        await calls.until(lambda: calls.http2.remote_settings.header_table_size == 0)
+        await calls.settled()
         calls.raw(hf.GoAwayFrame(0, last_stream_id=0, error_code=11))
         await calls.next()
 
@@ -729,7 +734,8 @@ def test_a_server_that_turns_connections_away_is_not_stormed() -> None:
 
 def test_our_own_host_running_out_of_files_is_our_fault() -> None:
     async def script(calls: Calls, number: int) -> None:
-        calls.reply(await calls.next())
+        if number == 0:
+            calls.reply(await calls.next())
 
     async def test() -> None:
         tape = Tape()
@@ -737,6 +743,8 @@ def test_our_own_host_running_out_of_files_is_our_fault() -> None:
         async with h2_serving(script) as url, opened(url, tape) as transport:
             transport.issue(0, REQUEST)
             await tape.of(0)
+            # The server closes after its one reply, and closes what is opened in its place at once.
+            await until(lambda: bool(transport.stats.connect_failures) and transport.stats.connections_open == 0)
             probe = socket.socket()
             resource.setrlimit(resource.RLIMIT_NOFILE, (probe.fileno(), hard))
             probe.close()
@@ -745,8 +753,6 @@ def test_our_own_host_running_out_of_files_is_our_fault() -> None:
                 with contextlib.suppress(OSError):
                     while True:
                         taken.append(socket.socket())
-                # The server closed the connection after its one reply; no other can be opened.
-                await until(lambda: bool(transport.stats.connect_failures))
                 transport.issue(1, REQUEST)
                 end = await tape.of(1)
             finally:

@@ -127,6 +127,12 @@ async def always_ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
         writer.write(OK)
 
 
+async def one_reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+    """Answers one request on the first connection; closes every other one."""
+    if number == 0:
+        await replying(OK)(reader, writer, number)
+
+
 def run(test: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
         async with asyncio.timeout(20):
@@ -217,10 +223,11 @@ def test_a_reset_connection_is_a_reset() -> None:
 def test_nobody_listens() -> None:
     async def test() -> None:
         tape = Tape()
-        async with serving(replying(OK)) as url, opened(url, tape) as transport:
+        async with serving(one_reply) as url, opened(url, tape) as transport:
             transport.issue(0, REQUEST)
             await tape.of(0)
-            await until(lambda: transport.stats.connections_open == 0)
+            # The transport grew ahead by one connection; both are closed by the server.
+            await until(lambda: transport.stats.connections_opened == 2 and transport.stats.connections_open == 0)
         # The server is gone, and so is the connection: opening a new one is refused.
         transport.issue(1, REQUEST)
         end = await tape.of(1)
@@ -374,7 +381,7 @@ def test_bytes_nobody_asked_for_close_an_idle_connection() -> None:
             await always_ok(reader, writer, number)
 
         tape = Tape()
-        async with serving(script) as url, opened(url, tape) as transport:
+        async with serving(script) as url, opened(url, tape, max_connections=1) as transport:
             transport.issue(0, REQUEST)
             await tape.of(0)
             first = tape.issues[0][1]
@@ -409,11 +416,7 @@ def test_our_own_host_running_out_of_files_is_our_fault() -> None:
         tape = Tape()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
-            if number == 0:
-                await replying(OK)(reader, writer, number)
-
-        async with serving(script) as url, opened(url, tape) as transport:
+        async with serving(one_reply) as url, opened(url, tape) as transport:
             transport.issue(0, REQUEST)
             await tape.of(0)
             # The transport grew ahead by one connection; both are closed by the server.

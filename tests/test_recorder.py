@@ -99,7 +99,7 @@ def test_each_event_lands_in_its_own_columns(
     assert recorder.outstanding == 1 - counted[0]
     assert not any(row_of(columns, other) for other in (4, 6))
     assert (recorder.issue_time_ns(5), recorder.connection_of(5)) == (100, 7)
-    assert recorder.has_ended(5) == bool(counted[0])
+    assert recorder.first_outstanding(5, 6) == (6 if counted[0] else 5)
 
 
 def test_the_engines_side_sheds(columns: Columns) -> None:
@@ -114,7 +114,7 @@ def test_the_engines_side_sheds(columns: Columns) -> None:
     recorder.shed_from(1_000, "nothing is left")
     assert counters(columns) == (12, 0)
     assert recorder.outstanding == 0
-    assert recorder.has_ended(999)
+    assert recorder.first_outstanding(999, 1000) == 1000
     assert {(error.detail, error.count, error.example_row) for error in recorder.errors} == {
         ("over the cap", 1, 3),
         ("no connection came free", 1, 4),

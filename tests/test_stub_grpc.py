@@ -671,7 +671,7 @@ def test_without_its_packages_there_is_http_alone(start, tmp_path, monkeypatch, 
     server = start()
     assert list(server.urls) == ["http"]
     said = server.describe()["grpc"]
-    assert said.startswith("not served: ") and missing in said and "pip install h2 protobuf" in said
+    assert said.startswith("not served: ") and missing in said and "pip install 'servebench[grpc]'" in said
     with urllib.request.urlopen(f"{server.urls['http']}/v2/health/ready") as response:
         assert response.status == 200
 

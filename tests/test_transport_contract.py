@@ -7,12 +7,11 @@ Two servers, one per protocol (`peers`), and a script for the fake. Each transpo
 import asyncio
 import contextlib
 import gc
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import uvloop
 from scripted_peers import (
     REFUSAL,
     REFUSAL_GRPC_STATUS,
@@ -25,6 +24,7 @@ from scripted_peers import (
     Tape,
     payload_of,
     row_of,
+    run,
     until,
 )
 
@@ -192,14 +192,6 @@ async def playing(kit: Kit, script: Script, *, capacity: int | None = None) -> A
     gc.collect()  # what was left open is a warning now, and warnings are errors
 
 
-def run(test: Coroutine[Any, Any, None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await test
-
-    uvloop.run(bounded())
-
-
 def reversing(payload: bytes) -> Answer:
     return Answer(body=payload[::-1])
 
@@ -216,6 +208,10 @@ def test_a_reply_is_stamped_in_order_counted_and_kept(kit: Kit) -> None:
                 assert before_ns <= scene.tape.issues[row][0] < end.first_byte_ns <= end.at_ns <= now_ns()
                 assert (end.status, end.response_bytes) == (kit.ok_status, kit.framing_bytes + 7)
                 assert scene.body(row) == b"cba" + payload_of(row)[::-1]
+            scene.transport.sink = following = Tape(keep=False)
+            scene.issue(0, b"abc")
+            assert (await following.of(0)).response_bytes == kit.framing_bytes + 7
+            assert not following.replies, "nobody asked for it"
 
     run(test())
 
@@ -235,7 +231,7 @@ def test_a_refusal_has_its_status_and_words_and_harms_nobody_else(kit: Kit) -> N
                 assert end.detail.startswith(detail)
                 assert REFUSAL in end.detail
                 assert scene.tape.issues[row][0] < end.first_byte_ns <= end.at_ns
-            assert set(scene.tape.replies) == {0, 2}
+            assert {0, 2} <= set(scene.tape.replies)
             if scene.peer is not None and not kit.library:
                 assert scene.peer.accepted <= 2, "the connection stays in use"
 
@@ -273,9 +269,11 @@ def test_a_hundred_at_once(kit: Kit) -> None:
 
 
 @every_transport
-def test_two_megabytes_both_ways(kit: Kit) -> None:
+def test_five_megabytes_both_ways(kit: Kit) -> None:
+    """More than gRPC's libraries take without being told to (4 MiB)."""
+
     async def test() -> None:
-        rest = bytes(range(256)) * (8 << 10)
+        rest = bytes(range(256)) * (20 << 10)
         async with playing(kit, reversing) as scene:
             for row, view in enumerate((bytes, memoryview)):
                 scene.transport.issue(row, view(kit.encode(payload_of(row, rest))))
@@ -302,7 +300,7 @@ def test_a_cancelled_query_ends_once_and_its_late_reply_goes_to_nobody(kit: Kit)
             assert (end.outcome, end.first_byte_ns, end.detail) == (Outcome.TIMEOUT, 0, "no complete reply in time")
             scene.transport.cancel(0, connection, Outcome.UNFINISHED, "a second time")
             # The next phase counts its rows from 0 again.
-            scene.transport.sink = following = Tape()  # type: ignore[attr-defined]
+            scene.transport.sink = following = Tape()
             scene.issue(0, b"second")
             assert (await following.of(0)).outcome is Outcome.OK
             assert scene.body(0, following) == b"right"

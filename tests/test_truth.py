@@ -5,11 +5,13 @@ makes query n wait W[n] = max(0, W[n-1] + S[n-1] - gap[n]), and its response tim
 What the network, the kernel and the client add to every reply is measured once, on the idle stub.
 """
 
+import io
 import os
 import signal
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,9 @@ LOADED_QPS = 350.0  # 70 % of the server's capacity
 CONSTRAINTS = ["p99 <= 500ms"]
 MAX_MEDIAN_ERROR_NS = 150_000
 MAX_P99_ERROR = 0.05
+MAX_TRIES = 5
+#: What client or stub may be late by at their 99th percentile, for a run to be compared with theory.
+MAX_DISTURBANCE_NS = 600_000
 
 Times = npt.NDArray[np.int64]
 
@@ -80,11 +85,19 @@ def floor_ns(protocol: str, tmp_path_factory: pytest.TempPathFactory) -> int:
 def loaded_run(
     tmp_path: Path, protocol: str, service: dict[str, Any], client: dict[str, Any] | None = None, **options: Any
 ) -> RunData:
-    with stub(tmp_path, service=service, **options) as server:
-        load = {"target_qps": LOADED_QPS, "min_duration_s": 0, "min_query_count": 3000}
-        settings = profile_data(server.urls[protocol], constraints=CONSTRAINTS, load=load, client=client or {})
-        _, data = run(settings, tmp_path / "run")
-    return data
+    """A run that nothing disturbed, by its own trust and the stub's own stamps; a neighbour's burst on a shared machine is."""
+    for attempt in range(MAX_TRIES):
+        with stub(tmp_path, service=service, **options) as server:
+            load = {"target_qps": LOADED_QPS, "min_duration_s": 0, "min_query_count": 3000}
+            settings = profile_data(server.urls[protocol], constraints=CONSTRAINTS, load=load, client=client or {})
+            document, data = run(settings, tmp_path / f"run-{attempt}")
+            stamps = np.load(io.BytesIO(urlopen(f"{server.urls['http']}/stub/stamps?format=npy").read()))
+        late_ns = np.sort(stamps["departure_ns"] - stamps["due_ns"])
+        # A narrow client is late by design: there the stub alone tells.
+        delay_ns = 0 if client else document["issue_delay"]["percentiles"]["99"]
+        if max(delay_ns, late_ns[int(0.99 * len(late_ns))]) <= MAX_DISTURBANCE_NS:
+            return data
+    pytest.fail(f"the machine was too busy for {MAX_TRIES} tries: 1 % of events were over {MAX_DISTURBANCE_NS} ns late")
 
 
 def narrow(protocol: str, width: int) -> dict[str, Any]:

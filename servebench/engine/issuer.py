@@ -124,12 +124,12 @@ class DeadlineSweep:
     def expire(self, now: int) -> None:
         """End every query whose time is over at ``now`` (monotonic ns)."""
         recorder = self._recorder
-        row, cursor = self._oldest, self._issuer.cursor
+        cursor = self._issuer.cursor
+        row = recorder.first_outstanding(self._oldest, cursor)
         while row < cursor:
-            if not recorder.has_ended(row):
-                issued_ns = recorder.issue_time_ns(row)
-                if issued_ns == 0 or now - issued_ns < self._timeout_ns:
-                    break
-                self._transport.cancel(row, recorder.connection_of(row), Outcome.TIMEOUT, "no complete reply in time")
-            row += 1
+            issued_ns = recorder.issue_time_ns(row)
+            if issued_ns == 0 or now - issued_ns < self._timeout_ns:
+                break
+            self._transport.cancel(row, recorder.connection_of(row), Outcome.TIMEOUT, "no complete reply in time")
+            row = recorder.first_outstanding(row + 1, cursor)
         self._oldest = row

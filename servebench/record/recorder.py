@@ -114,9 +114,10 @@ class Recorder:
         self.outstanding -= 1
         self.shed(row, detail)
 
-    def has_ended(self, row: int) -> bool:
-        """Whether the query's end is known."""
-        return bool(self._outcome[row] != _NOT_ISSUED)
+    def first_outstanding(self, start: int, stop: int) -> int:
+        """The first of the rows from ``start`` to ``stop`` whose end is not known; ``stop`` when there is none."""
+        index = self._outcome[start:stop].tobytes().find(_NOT_ISSUED)
+        return stop if index < 0 else start + index
 
     def issue_time_ns(self, row: int) -> int:
         """When the query was issued; 0 when it was not."""

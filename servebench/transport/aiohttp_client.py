@@ -143,6 +143,7 @@ class AiohttpTransport(ReferenceTransport):
 
     def _fail(self, query: Query, at_ns: int, error: Exception) -> None:
         outcome, detail = _read_failure(error, reused=query.reused)
+        _let_go(error)
         if not query.connected and detail.startswith("connect: "):
             self.count_connect_failure(detail.removeprefix("connect: "))
         self.fail(query, at_ns, outcome, detail)
@@ -225,6 +226,13 @@ def _read_failure(error: Exception, *, reused: bool) -> tuple[Outcome, str]:
     if isinstance(error, OSError):
         return Outcome.RESET, f"connection reset: {error}"
     return Outcome.PROTOCOL, f"not valid HTTP: {error}"
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Cut an error from the frames it went through, which refer back to it: collection is off while measuring."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _raw_reply(response: aiohttp.ClientResponse, body: bytes) -> bytes:

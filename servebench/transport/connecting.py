@@ -31,18 +31,11 @@ async def resolve(host: str, port: int) -> Address:
 
 async def connect(protocol: P, address: Address, *, tls: ssl.SSLContext | None, host: str, timeout_s: float) -> P:
     """Connect ``protocol``, TCP_NODELAY on; `OSError` (TimeoutError, ssl.SSLError among them) when it cannot be."""
-    loop = asyncio.get_running_loop()
-    family, socket_address = address
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        async with asyncio.timeout(timeout_s):
-            await loop.sock_connect(sock, socket_address)
-            await loop.create_connection(lambda: protocol, sock=sock, ssl=tls, server_hostname=host if tls else None)
-    except BaseException:
-        sock.close()
-        raise
+    family, (ip, port, *_) = address
+    async with asyncio.timeout(timeout_s):  # event loops set TCP_NODELAY themselves
+        await asyncio.get_running_loop().create_connection(
+            lambda: protocol, ip, port, family=family, ssl=tls, server_hostname=host if tls else None
+        )
     return protocol
 
 

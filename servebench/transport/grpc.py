@@ -297,9 +297,9 @@ class GrpcTransport:
             self._reconnect()
 
     def closed(self, channel: Channel) -> None:
-        """A channel's connection is closed."""
-        del self._open[channel.number]
-        self.stats.connections_open -= 1
+        """A channel's connection is closed, if it ever had one."""
+        if self._open.pop(channel.number, None) is not None:
+            self.stats.connections_open -= 1
 
     # --- connecting ---------------------------------------------------------------------
 
@@ -346,7 +346,11 @@ class GrpcTransport:
         number = self._next_number
         self._next_number += 1
         channel = Channel(self, number)
-        await connect(channel, self._address, tls=self._ssl, host=self._host, timeout_s=self._connect_timeout_s)
+        try:
+            await connect(channel, self._address, tls=self._ssl, host=self._host, timeout_s=self._connect_timeout_s)
+        except BaseException:
+            self.closed(channel)  # uvloop does not always say connection_lost of one that it gives up itself
+            raise
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 await channel.settled

@@ -98,6 +98,7 @@ class GrpcioTransport(ReferenceTransport):
         self._timeout_ns = timeout_ns
         self._channels: list[_Channel] = []
         self._turn: Iterator[_Channel] = iter(())
+        self._closed = False
 
     async def open(self, connections: int) -> None:
         """Connect all channels (``connections`` is HTTP/1.1's matter)."""
@@ -129,13 +130,12 @@ class GrpcioTransport(ReferenceTransport):
                 self.sink.reply(query.row, [frame_message(reply)])
 
     async def close_library(self) -> None:
-        for one in self._channels:
-            one.watcher.cancel()
-        await asyncio.gather(*(one.watcher for one in self._channels), return_exceptions=True)
+        self._closed = True
         for one in self._channels:
             await one.channel.close()
+        # Closing changes a channel's state: its watcher ends, and leaves nothing in grpcio's queue for a loop that is gone.
+        await asyncio.gather(*(one.watcher for one in self._channels))
         self._channels = []
-        self.set_open(0)
 
     def _fail(self, query: Query, at_ns: int, error: Any) -> None:
         code, details = error.code(), (error.details() or "").partition("\n")[0]
@@ -167,9 +167,10 @@ class GrpcioTransport(ReferenceTransport):
         return "the connection broke"
 
     async def _watch(self, channel: Any, settled: asyncio.Future[bool]) -> None:
-        """Connect a channel, and count what becomes of its connections."""
-        state, was_ready = channel.get_state(try_to_connect=True), False
-        while True:
+        """Connect a channel, and count what becomes of its connections until it is closed."""
+        was_ready = False
+        while not self._closed:
+            state = channel.get_state(try_to_connect=not settled.done())
             ready, failed = state.name == "READY", state.name == "TRANSIENT_FAILURE"
             if ready != was_ready:
                 was_ready = ready
@@ -180,7 +181,7 @@ class GrpcioTransport(ReferenceTransport):
             if (ready or failed) and not settled.done():
                 settled.set_result(ready)
             await channel.wait_for_state_change(state)
-            state = channel.get_state()
+        self.set_open(0)
 
 
 def read_error(code: str, details: str) -> tuple[Outcome, str]:

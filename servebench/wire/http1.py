@@ -40,6 +40,10 @@ class Progress(IntEnum):
     COMPLETE_CLOSE = 2  #: complete, and the connection must not be reused
 
 
+# Looking an enum's member up costs more than the comparison it is for.
+_PARTIAL, _COMPLETE, _COMPLETE_CLOSE = Progress.PARTIAL, Progress.COMPLETE, Progress.COMPLETE_CLOSE
+
+
 def encode_request(method: str, target: str, host: str, headers: Iterable[tuple[str, str]], body: bytes) -> bytes:
     """One whole request, ready for a single write.
 
@@ -106,24 +110,24 @@ class ResponseReader:
             known = self._memo.get(data[:end])
             if known is not None and known[1] == len(data) - end - 4:
                 self.status, self.body_bytes = known
-                return Progress.COMPLETE
+                return _COMPLETE
             self._begin()
             progress = self._parse(data)
             # Whatever follows the blank line must be body and nothing else: then length alone recognises it.
-            if progress is Progress.COMPLETE and not self._interim and len(data) - end - 4 == self.body_bytes:
+            if progress is _COMPLETE and not self._interim and len(data) - end - 4 == self.body_bytes:
                 if len(self._memo) >= _MAX_REMEMBERED_BLOCKS:
                     del self._memo[next(iter(self._memo))]  # a Date header makes a new block every second
                 self._memo[data[:end]] = (self.status, self.body_bytes)
         else:
             progress = self._parse(data)
-        self._partial = progress is Progress.PARTIAL
+        self._partial = progress is _PARTIAL
         return progress
 
     def eof(self) -> Progress:
         """The peer closed its side: COMPLETE_CLOSE for a reply that ends so, `ProtocolFault` for one cut short."""
         if self._partial and self._headers_done and not self._framed:
             self._partial = False
-            return Progress.COMPLETE_CLOSE
+            return _COMPLETE_CLOSE
         raise ProtocolFault(f"connection closed inside the reply, after {self.body_bytes} body bytes")
 
     def close(self) -> None:
@@ -146,8 +150,8 @@ class ResponseReader:
         if self.body_bytes > self._max_body_bytes:
             raise ProtocolFault(f"body over {self._max_body_bytes} bytes")
         if not self._complete:
-            return Progress.PARTIAL
-        return Progress.COMPLETE if self._keep_alive else Progress.COMPLETE_CLOSE
+            return _PARTIAL
+        return _COMPLETE if self._keep_alive else _COMPLETE_CLOSE
 
     # --- llhttp's callbacks -------------------------------------------------------------
 

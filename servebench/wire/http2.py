@@ -279,7 +279,7 @@ class Http2Client:
             else:
                 self._take_rare(kind, flags, number & _STREAM_BITS, data[start:stop], at_ns, ended)
         if position < end:
-            parts.append(data[position:] if position else data)
+            parts.append(data[position:])
             self._missing = stop - end
         if self._received >= REFILL_BYTES:
             self.outgoing += frame(WINDOW_UPDATE, 0, 0, struct.pack(">L", self._received))
