@@ -69,6 +69,11 @@ GARBAGE = [
     pytest.param(PLAIN + b"x", "not valid HTTP|more bytes", id="a byte too many"),
     pytest.param(b"HTTP/1.1 101 Switching\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\n", "switched protocols", id="101"),
     pytest.param(b"HTTP/1.1 200 OK\r\nX: " + b"a" * (MAX_HEADER_BYTES + 1), "header block over", id="endless header"),
+    pytest.param(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX: " + b"a" * MAX_HEADER_BYTES + b"\r\n\r\n",
+        "header block over",
+        id="large header at once",
+    ),
 ]
 
 

@@ -514,7 +514,7 @@ NO_CONNECTION = "failed to connect to all addresses; last error: "
         ),
         pytest.param(
             "UNAVAILABLE",
-            f"{NO_CONNECTION}INTERNAL: ipv4:127.0.0.1:1: socket: Too many open files",
+            f"{NO_CONNECTION}INTERNAL: ipv4:127.0.0.1:1: socket: Too many open files\n\0\x95s",
             Outcome.CLIENT,
             id="1.85: no descriptors",
         ),
@@ -545,6 +545,7 @@ NO_CONNECTION = "failed to connect to all addresses; last error: "
 def test_grpcios_own_troubles_are_known_by_their_words(code: str, details: str, expected: Outcome) -> None:
     outcome, detail = read_error(code, details)
     assert outcome is expected
+    assert "\n" not in detail
     if outcome is Outcome.STATUS:
         assert detail == (f"{code}: {details}" if details else code)
 

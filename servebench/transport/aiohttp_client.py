@@ -54,7 +54,7 @@ class _Call:
     body: memoryview
 
     def data(self) -> memoryview | io.BytesIO:
-        """The body for one use."""
+        """The body for one use; taken before the query is issued, because a large one is copied."""
         return self.body if len(self.body) <= _LARGE_BODY_BYTES else io.BytesIO(self.body)
 
 

@@ -41,7 +41,7 @@ _OPTIONS = (
 )
 _PREFIX_BYTES = 5
 _NOT_CONNECTED = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
-#: How grpcio words what it found wrong itself. Since about 1.80 it is "Stream removed (...)".
+#: How grpcio words what it found wrong itself; 1.85 says it in brackets, behind "Stream removed".
 _OWN_WORDS = (
     "Stream removed",
     "Socket closed",
@@ -138,8 +138,8 @@ class GrpcioTransport(ReferenceTransport):
         self._channels = []
 
     def _fail(self, query: Query, at_ns: int, error: Any) -> None:
-        code, details = error.code(), (error.details() or "").partition("\n")[0]
-        outcome, detail = read_error(code.name, details)
+        code = error.code()
+        outcome, detail = read_error(code.name, error.details() or "")
         if outcome is not Outcome.STATUS:
             self.fail(query, at_ns, outcome, detail)
         elif self.claim(query):
@@ -163,7 +163,7 @@ class GrpcioTransport(ReferenceTransport):
         try:
             await one.channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=self._timeout_ns / 1e9)
         except self._grpc.aio.AioRpcError as error:
-            return str(error.details() or error.code().name).partition("\n")[0]
+            return read_error(error.code().name, error.details() or "")[1].removeprefix("connect: ")
         return "the connection broke"
 
     async def _watch(self, channel: Any, settled: asyncio.Future[bool]) -> None:
@@ -187,6 +187,7 @@ class GrpcioTransport(ReferenceTransport):
 def read_error(code: str, details: str) -> tuple[Outcome, str]:
     """What a call's status means: grpcio's own trouble, or the server's word (STATUS)."""
     if code == "UNAVAILABLE" and details.startswith(_NOT_CONNECTED):
+        details = details.partition("\n")[0]  # behind it, 1.85 may add bytes of a socket address
         ours = any(words in details for words in _HOST_RAN_OUT)
         return Outcome.CLIENT if ours else Outcome.CONNECT, f"connect: {details}"
     if code == "DEADLINE_EXCEEDED" and details in _TIME_IS_UP:

@@ -135,11 +135,11 @@ class Connection(asyncio.Protocol):
         status = reader.status
         if 200 <= status < 300:
             pool.sink.completed(row, self.first_byte_ns, at_ns, status, reader.body_bytes)
+            if self.chunks is not None:
+                pool.sink.reply(row, self.chunks)
         else:
             pool.sink.refused(row, self.first_byte_ns, at_ns, status, reader.body_bytes, f"HTTP {status}", tail)
-        if self.chunks is not None:
-            pool.sink.reply(row, self.chunks)
-            self.chunks = None
+        self.chunks = None
         # An early reply: the rest of the request is still queued, so the next one could not follow it.
         if progress is _COMPLETE_CLOSE or self.closed or self._transport.get_write_buffer_size():
             self.discard()

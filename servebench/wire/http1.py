@@ -111,6 +111,8 @@ class ResponseReader:
             if known is not None and known[1] == len(data) - end - 4:
                 self.status, self.body_bytes = known
                 return _COMPLETE
+            if end > MAX_HEADER_BYTES:
+                raise ProtocolFault(f"header block over {MAX_HEADER_BYTES} bytes")
             self._begin()
             progress = self._parse(data)
             # Whatever follows the blank line must be body and nothing else: then length alone recognises it.
