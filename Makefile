@@ -32,8 +32,9 @@ format: $(STAMP) ## apply the code style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## measure the client's own speed (needs nginx: apt install nginx-light)
+bench: $(STAMP) ## measure the client's own speed (apt install nginx-light nghttp2-server)
 	@$(BIN)/python -m benchmarks.ceiling
+	@$(BIN)/python -m benchmarks.ceiling_grpc
 
 docs: $(STAMP) ## rewrite the profile reference in README.md from the schema
 	@$(BIN)/python docs/profile_table.py README.md

@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from benchmarks.nginx import MODEL, NullServer, find_nginx
+from benchmarks.nginx import NullServer, find_nginx
 from benchmarks.peers import WRK_CONNECTIONS, ping_pong_ns, wrk_qps
 from servebench.engine.run import run_profile
 from servebench.errors import RunError, ServebenchError
@@ -126,7 +126,7 @@ def climb(measure: Callable[[float], Step], rates_qps: Sequence[float], seen: Ca
 class _Phases:
     """Observes a run for the server's CPU time while measuring."""
 
-    def __init__(self, server: NullServer) -> None:
+    def __init__(self, server: Server) -> None:
         self._server = server
         self._marks: list[tuple[str, float, float]] = []
 
@@ -143,13 +143,30 @@ class _Phases:
         return (cpu_to_s - cpu_from_s) / (to_s - from_s)
 
 
-def measure_step(server: NullServer, cpus: Sequence[int], target_qps: float, *, duration_s: float = STEP_S) -> Step:
+class Server(Protocol):
+    """A null server that a ladder can be climbed against."""
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+
+    @property
+    def endpoint(self) -> dict[str, Any]:
+        """The profile's ``endpoint`` that asks it."""
+
+    def cpu_s(self) -> float:
+        """CPU time that it has used so far, in seconds."""
+
+
+def measure_step(
+    server: Server, cpus: Sequence[int], target_qps: float, *, duration_s: float = STEP_S, transport: str = "wire"
+) -> Step:
     """Run one worker on ``cpus`` against the server and judge the run. `ServebenchError` when it cannot be done."""
     profile = parse_profile(
         {
             "name": "ceiling",
             "server": {"url": server.url},
-            "endpoint": {"model": MODEL, "tensor_format": "json"},
+            "endpoint": server.endpoint,
             "samples": {"source": "zero"},
             "load": {
                 "target_qps": target_qps,
@@ -158,7 +175,7 @@ def measure_step(server: NullServer, cpus: Sequence[int], target_qps: float, *, 
                 "warmup_s": 1,
                 "drain_timeout_s": 2,
             },
-            "client": {"cpus": list(cpus)},
+            "client": {"cpus": list(cpus), "transport": transport},
             "constraints": ["p99 <= 50ms"],
         },
         source="benchmarks.ceiling",
@@ -182,15 +199,15 @@ _COLUMNS = (
     "response p50",
     "p99",
     "worker CPU",
-    "nginx CPU",
+    "server CPU",
     "connections",
 )
-_WIDTHS = (8, 9, 10, 9, 9, 13, 9, 11, 10, 12)
+_WIDTHS = (8, 9, 10, 9, 9, 13, 9, 11, 12, 12)
 
 
-def header_line() -> str:
+def header_line(server: str) -> str:
     """The table's head."""
-    return _line(_COLUMNS, "clean?")
+    return _line([column.replace("server", server) for column in _COLUMNS], "clean?")
 
 
 def step_line(step: Step) -> str:
@@ -213,13 +230,13 @@ def step_line(step: Step) -> str:
     return _line(cells, f"no: {', '.join(step.problems)}{shared}")
 
 
-def floor_line(best: Step | None) -> str:
+def floor_line(best: Step | None, floor_qps: int = FLOOR_QPS) -> str:
     """Whether the floor is met, in a sentence."""
-    wanted = f"{FLOOR_QPS:,} Poisson queries/s on one core with p99 issue delay <= {format_duration(MAX_DELAY_P99_NS)}"
+    wanted = f"{floor_qps:,} Poisson queries/s on one core with p99 issue delay <= {format_duration(MAX_DELAY_P99_NS)}"
     if best is None:
         return f"Floor NOT met: no rate was clean; required are {wanted}."
     found = f"{best.target_qps:,.0f}/s with {format_duration(best.delay_p99_ns)}"
-    if best.target_qps < FLOOR_QPS:
+    if best.target_qps < floor_qps:
         return f"Floor NOT met: highest clean rate {found}; required are {wanted}."
     return f"Floor met: highest clean rate {found}; required are {wanted}."
 
@@ -257,7 +274,7 @@ def _measure_all(server: NullServer, cpus: Sequence[int]) -> Step | None:
         f"Clean: p99 issue delay <= {format_duration(MAX_DELAY_P99_NS)}, no query failed, "
         f">= {MIN_ON_TIME_SHARE:.1%} issued within the schedule, and the run is not INVALID.\n"
     )
-    print(header_line(), flush=True)
+    print(header_line("nginx"), flush=True)
     steps: list[Step] = []
 
     def seen(step: Step) -> None:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 from servebench_servers.host import free_port
@@ -93,6 +94,8 @@ class NullServer:
 
     Raises `LaunchError` with nginx's own words when it does not start.
     """
+
+    endpoint: dict[str, Any] = {"model": MODEL, "tensor_format": "json"}  # noqa: RUF012 - read only
 
     def __init__(self, nginx: str, cpus: Sequence[int]) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="null-server-")

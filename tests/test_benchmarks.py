@@ -19,7 +19,7 @@ from servebench.errors import RunError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are run from the checkout, they are not installed
 
-from benchmarks import ceiling
+from benchmarks import ceiling, ceiling_grpc
 from benchmarks.ceiling import (
     FLOOR_QPS,
     MAX_TRIES,
@@ -31,6 +31,7 @@ from benchmarks.ceiling import (
     step_line,
     step_of,
 )
+from benchmarks.nghttpd import NullGrpcServer, find_nghttpd
 from benchmarks.nginx import INFER_PATH, NullServer, find_nginx, render_config
 from benchmarks.peers import BODY, HEADERS, parse_wrk, ping_pong_ns, wrk_qps
 
@@ -166,7 +167,7 @@ def test_a_step_reads_the_run_document() -> None:
     }
     step = step_of(document, on_time_share=0.75, server_cpu_share=0.5)
     assert step == Step(1000.0, 4000, 10, 1003.5, 0.75, 1, 2, 90, 3, None, 5, 0.25, 0.5, 17, "VALID")
-    assert len(header_line()) - len("clean?") == step_line(step).index("no: ")  # the columns line up, also without a p99
+    assert len(header_line("nginx")) - len("clean?") == step_line(step).index("no: ")  # the columns line up, also without a p99
 
 
 # --- exit codes -------------------------------------------------------------------------
@@ -256,3 +257,37 @@ def test_a_real_step_against_nginx() -> None:
             assert wrk_qps(wrk, server.url, cpus[-1:], duration_s=1) > 100
         assert psutil.Process().cpu_affinity() == before
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+# --- gRPC -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wire_qps", "reference_qps", "code", "words"),
+    [
+        pytest.param(30_000, 10_000, 0, "Floor met: 3.0 times", id="both floors just met"),
+        pytest.param(29_000, 10_000, 1, "Floor NOT met: 2.9 times", id="ratio too small"),
+        pytest.param(19_000, 1_000, 1, "Floor met: 19.0 times", id="rate too small"),
+        pytest.param(None, 1_000, 1, "No ratio", id="ours had no clean rate"),
+        pytest.param(50_000, None, 1, "No ratio", id="the reference had none"),
+    ],
+)
+def test_the_grpc_floors_decide_the_exit_code(wire_qps: int | None, reference_qps: int | None, code: int, words: str) -> None:
+    best = {
+        client: None if qps is None else dataclasses.replace(CLEAN, target_qps=qps)
+        for client, qps in (("wire", wire_qps), ("grpcio", reference_qps))
+    }
+    assert ceiling_grpc.exit_code(best) == code
+    assert ceiling_grpc.ratio_line(best).startswith(words)
+
+
+@pytest.mark.load
+def test_real_steps_against_nghttpd() -> None:
+    nghttpd, cpus = find_nghttpd(), sorted(psutil.Process().cpu_affinity())
+    if nghttpd is None:
+        pytest.skip("nghttpd is not installed (apt install nghttp2-server)")
+    with NullGrpcServer(nghttpd, cpus[:1]) as server:
+        for transport in ("wire", "grpcio"):
+            step = measure_step(server, cpus[-1:], 500, duration_s=1, transport=transport)
+            assert (step.target_qps, step.not_ok) == (500, 0)
+            assert step.planned == pytest.approx(500, rel=0.2)
