@@ -58,7 +58,7 @@ class Calls:
         self.http2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf-8"))
         self.http2.local_settings = Settings(client=False, initial_values=settings)
         self.resets: dict[int, int | None] = {}
-        self.goodbye = False
+        self.pongs = 0
         self._reader = reader
         self._headers: dict[int, dict[str, str]] = {}
         self._bodies: dict[int, bytes] = {}
@@ -74,6 +74,13 @@ class Calls:
     async def settled(self) -> None:
         """Read, and acknowledge, the client's settings."""
         await self.until(lambda: self.http2.remote_settings.header_table_size == 0)
+
+    async def heard(self) -> None:
+        """Wait until the client has read all that was sent."""
+        self.http2.ping(b"12345678")
+        self.flush()
+        wanted = self.pongs + 1
+        await self.until(lambda: self.pongs == wanted)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Read until something has happened."""
@@ -95,6 +102,8 @@ class Calls:
                 self.http2.acknowledge_received_data(event.flow_controlled_length or 0, number)
             case h2.events.StreamEnded(stream_id=int(number)):
                 self._complete.append(Call(number, self._headers[number], unframe_message(self._bodies[number])))
+            case h2.events.PingAckReceived():
+                self.pongs += 1
             case h2.events.StreamReset(stream_id=int(number), error_code=code):
                 self.resets[number] = code
 
@@ -139,6 +148,9 @@ async def h2_serving(
             pass
         except Exception as fault:
             faults.append(fault)
+        except asyncio.CancelledError:  # the test has failed
+            writer.transport.abort()
+            raise
 
     async with serving(accept, tls) as url:
         yield url.replace("http", "grpc", 1)
@@ -146,12 +158,23 @@ async def h2_serving(
 
 
 @contextlib.asynccontextmanager
-async def opened(url: str, tape: Tape, channels: int = 1, **settings: Any) -> AsyncIterator[GrpcTransport]:
-    transport = GrpcTransport(url, tape, BLOCK, channels=channels, **settings)
-    await transport.open(1)
-    yield transport
-    await transport.close()
+async def made(
+    url: str, tape: Tape, channels: int = 1, *, block: bytes = BLOCK, **settings: Any
+) -> AsyncIterator[GrpcTransport]:
+    """A transport that is closed whatever happens: uvloop does not end where warnings are errors and a socket is left."""
+    transport = GrpcTransport(url.replace("http", "grpc", 1), tape, block, channels=channels, **settings)
+    try:
+        yield transport
+    finally:
+        await transport.close()
     assert transport.stats.connections_open == 0
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, tape: Tape, channels: int = 1, **settings: Any) -> AsyncIterator[GrpcTransport]:
+    async with made(url, tape, channels, **settings) as transport:
+        await transport.open(1)
+        yield transport
 
 
 async def reversing(calls: Calls, number: int) -> None:
@@ -606,45 +629,103 @@ def test_a_channel_whose_stream_numbers_are_used_up_is_replaced(channels: int, m
     run(test())
 
 
+def test_a_call_does_not_wait_for_the_replies_of_a_channel_that_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "LAST_STREAM", 3)
+    arrived = asyncio.Event()
+
+    async def script(calls: Calls, number: int) -> None:
+        held = [await calls.next() for _ in range(2 - number)]
+        if number:
+            arrived.set()
+        await arrived.wait()
+        for call in held:
+            calls.reply(call)
+        await reversing(calls, number)
+
+    async def test() -> None:
+        tape = Tape()
+        async with h2_serving(script) as url, opened(url, tape) as transport:
+            for row in range(3):
+                transport.issue(row, REQUEST)
+            assert await ends(tape, 3) == [Outcome.OK] * 3
+            assert [tape.issues[row][1] for row in range(3)] == [0, 0, 1]
+
+    run(test())
+
+
 # --- servers that are not there, or not what they should be -----------------------------------------
 
 
 def test_a_server_that_is_gone() -> None:
     async def script(calls: Calls, number: int) -> None:
-        calls.reply(await calls.next())
-        await asyncio.sleep(0)
+        raise AssertionError("nobody is to connect")
 
     async def test() -> None:
         tape = Tape()
-        async with h2_serving(script) as url, opened(url, tape, channels=2) as transport:
-            transport.issue(0, REQUEST)
-            transport.issue(1, REQUEST)
-            assert await ends(tape, 2) == [Outcome.OK] * 2
-        transport = GrpcTransport(url, tape, BLOCK, channels=2)
-        with pytest.raises(TransportError, match=r"127\.0\.0\.1:\d+: cannot connect: Connection refused"):
-            await transport.open(1)
+        async with h2_serving(script) as url:
+            pass
+        async with made(url, tape, channels=2) as transport:
+            with pytest.raises(TransportError, match=r"127\.0\.0\.1:\d+: cannot connect: Connection refused"):
+                await transport.open(1)
 
-        ready = asyncio.Event()
+    run(test())
 
-        async def once(calls: Calls, number: int) -> None:
-            calls.reply(await calls.next())
-            await ready.wait()
 
-        async with h2_serving(once) as url:
-            transport = GrpcTransport(url, tape, BLOCK, channels=1)
-            await transport.open(1)
-            transport.issue(2, REQUEST)
-            await tape.of(2)
-        ready.set()  # it closes, and nobody listens any more
-        await until(lambda: transport.stats.connections_open == 0)
-        for row in (3, 4):
-            transport.issue(row, REQUEST)
-        for row in (3, 4):
-            end = await tape.of(row)
-            assert (end.outcome, end.detail) == (Outcome.CONNECT, "connect: Connection refused")
-            assert row not in tape.issues, "no byte of it was sent"
-        assert transport.stats.connect_failures["Connection refused"] >= 2
-        await transport.close()
+def test_a_server_that_goes_away_for_good() -> None:
+    over = asyncio.Event()
+
+    async def script(calls: Calls, number: int) -> None:
+        calls.reply(await calls.next())
+        await over.wait()
+
+    async def test() -> None:
+        tape = Tape()
+        async with contextlib.AsyncExitStack() as stack:
+            async with h2_serving(script) as url:
+                transport = await stack.enter_async_context(opened(url, tape))
+                transport.issue(0, REQUEST)
+                await tape.of(0)
+            over.set()  # it closes the connection, and nobody listens any more
+            await until(lambda: transport.stats.connections_open == 0)
+            for row in (1, 2):
+                transport.issue(row, REQUEST)
+            for row in (1, 2):
+                end = await tape.of(row)
+                assert (end.outcome, end.detail) == (Outcome.CONNECT, "connect: Connection refused")
+                assert row not in tape.issues, "no byte of it was sent"
+            assert transport.stats.connect_failures["Connection refused"] >= 2
+
+    run(test())
+
+
+def test_a_channel_that_cannot_be_replaced_does_not_fail_calls_that_wait_for_another() -> None:
+    gates = [asyncio.Event(), asyncio.Event()]
+    served: dict[int, int] = {}
+
+    async def script(calls: Calls, number: int) -> None:
+        call = await calls.next()
+        row = call.message[0]
+        served[row] = number
+        await gates[row].wait()
+        if row == 0:
+            return
+        calls.reply(call)
+        await reversing(calls, number)
+
+    async def test() -> None:
+        tape = Tape()
+        async with contextlib.AsyncExitStack() as stack:
+            async with h2_serving(script, {SettingCodes.MAX_CONCURRENT_STREAMS: 1}) as url:
+                transport = await stack.enter_async_context(opened(url, tape, channels=2))
+                for row in range(3):
+                    transport.issue(row, frame_message(bytes([row])))
+                await until(lambda: len(served) == 2)
+            gates[0].set()
+            await until(lambda: bool(transport.stats.connect_failures))
+            assert (await tape.of(0)).outcome is Outcome.RESET
+            assert not tape.of(2).done()
+            gates[1].set()
+            assert await ends(tape, 3) == [Outcome.RESET, Outcome.OK, Outcome.OK]
 
     run(test())
 
@@ -686,12 +767,10 @@ async def _turns_away(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 )
 def test_a_server_that_is_no_use_is_named(script: Any, message: str) -> None:
     async def test() -> None:
-        async with serving(script) as url:
-            transport = GrpcTransport(url.replace("http", "grpc"), Tape(), BLOCK, channels=2, connect_timeout_s=0.1)
+        async with serving(script) as url, made(url, Tape(), channels=2, connect_timeout_s=0.1) as transport:
             with pytest.raises(TransportError, match=message):
                 await transport.open(1)
             assert transport.stats.connections_open == 0, "nothing is left of the attempt"
-            await transport.close()
 
     run(test())
 
@@ -708,6 +787,7 @@ def test_a_server_that_turns_connections_away_is_not_stormed() -> None:
             calls.reply(call)
             await until(lambda: not welcome)
         await calls.settled()
+        await calls.heard()
         calls.raw(hf.GoAwayFrame(0, last_stream_id=0, error_code=11))
         await calls.next()
 
@@ -795,8 +875,9 @@ def test_tls() -> None:
                 for row, payload in enumerate(payloads):
                     assert (await tape.of(row)).outcome is Outcome.OK
                     assert unframe_message(tape.replies[row]) == payload[::-1]
-            with pytest.raises(TransportError, match="TLS: CERTIFICATE_VERIFY_FAILED"):
-                await GrpcTransport(url, tape, BLOCK, channels=1).open(1)
+            async with made(url, tape) as transport:
+                with pytest.raises(TransportError, match="TLS: CERTIFICATE_VERIFY_FAILED"):
+                    await transport.open(1)
 
     run(test())
 
@@ -806,12 +887,10 @@ def test_a_tls_server_that_does_not_speak_http2(alpn: list[str]) -> None:
     server, client = tls_pair(*alpn)
 
     async def test() -> None:
-        async with serving(_http1, server) as url:
-            transport = GrpcTransport(url.replace("http", "grpc"), Tape(), BLOCK, channels=1, ssl_context=client)
+        async with serving(_http1, server) as url, made(url, Tape(), ssl_context=client) as transport:
             with pytest.raises(TransportError, match="does not speak HTTP/2 over TLS"):
                 await transport.open(1)
             assert transport.stats.connections_open == 0
-            await transport.close()
 
     run(test())
 
@@ -833,14 +912,11 @@ def test_closing_leaves_nothing(tls: bool) -> None:
         tape = Tape()
         async with h2_serving(script, tls=server) as url:
             before = asyncio.all_tasks()
-            transport = GrpcTransport(url, tape, BLOCK, channels=2, ssl_context=client)
-            await transport.open(1)
-            transport.issue(0, REQUEST)
-            transport.issue(1, frame_message(bytes(1 << 20)))
-            await until(lambda: transport.stats.connections_opened == 3)  # one retired, two in use: one perhaps half open
-            await transport.close()
+            async with opened(url, tape, channels=2, ssl_context=client) as transport:
+                transport.issue(0, REQUEST)
+                transport.issue(1, frame_message(bytes(1 << 20)))
+                await until(lambda: transport.stats.connections_opened == 3)  # one retired, two in use: one perhaps half open
             assert await ends(tape, 2) == [Outcome.RESET, Outcome.RESET], "every issued call ends"
-            assert transport.stats.connections_open == 0
             await until(lambda: all("accept" in repr(task) for task in asyncio.all_tasks() - before))
             assert repr(transport).endswith("channels=0 going=0 connecting=0 waiting=0>")
 
@@ -848,33 +924,23 @@ def test_closing_leaves_nothing(tls: bool) -> None:
 
 
 def test_closing_while_connecting() -> None:
-    async def script(calls: Calls, number: int) -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         if number == 0:
-            await calls.next()
-            return
-        await calls.until(lambda: False)
-
-    async def mute_later(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
-        with contextlib.suppress(ConnectionError):
-            if number == 0:
-                await script(Calls(reader, writer, {}), number)
-            else:
-                await reader.read()
+            with contextlib.suppress(ConnectionError):
+                await Calls(reader, writer, {}).next()
+        else:
+            await reader.read()  # says nothing
 
     async def test() -> None:
         tape = Tape()
-        async with serving(mute_later) as url:
-            transport = GrpcTransport(url.replace("http", "grpc"), tape, BLOCK, channels=1)
-            await transport.open(1)
-            transport.issue(0, REQUEST)
-            assert (await tape.of(0)).outcome is Outcome.RESET
-            await until(lambda: transport.stats.connections_opened == 2)
-            transport.issue(1, REQUEST)  # waits for settings that never come
-            assert transport.stats.stream_waits == 0, "it waits for a connection"
-            assert transport.stats.connection_waits == 1
-            assert transport.abandon_waiting() == [1]
-            await transport.close()
-            assert transport.stats.connections_open == 0
+        async with serving(script) as url:
+            async with opened(url, tape) as transport:
+                transport.issue(0, REQUEST)
+                assert (await tape.of(0)).outcome is Outcome.RESET
+                await until(lambda: transport.stats.connections_opened == 2)
+                transport.issue(1, REQUEST)  # waits for settings that never come
+                assert (transport.stats.connection_waits, transport.stats.stream_waits) == (1, 0)
+                assert transport.abandon_waiting() == [1]
             assert "connecting=0" in repr(transport)
 
     run(test())
@@ -921,11 +987,10 @@ class Grpcio:
 
     @contextlib.asynccontextmanager
     async def opened(self, tape: Tape, method: str, metadata: tuple[tuple[str, str], ...] = ()) -> AsyncIterator[GrpcTransport]:
-        block = call_headers(f"127.0.0.1:{self.port}", f"/test.S/{method}", tls=False, timeout_ns=5 * 10**9, metadata=metadata)
-        transport = GrpcTransport(f"grpc://127.0.0.1:{self.port}", tape, block, channels=1)
-        await transport.open(1)
-        yield transport
-        await transport.close()
+        address = f"127.0.0.1:{self.port}"
+        block = call_headers(address, f"/test.S/{method}", tls=False, timeout_ns=5 * 10**9, metadata=metadata)
+        async with opened(f"grpc://{address}", tape, block=block) as transport:
+            yield transport
 
 
 @pytest.fixture(scope="module")

@@ -661,6 +661,7 @@ LEGAL_ODDITIES = [
     pytest.param(raw(0, stream=3), id="empty DATA"),
     pytest.param(raw(0, stream=0x80000003), id="reserved bit in the number of DATA"),
     pytest.param(raw(8, stream=0x80000005, payload=b"\0\0\0\1"), id="reserved bit in another number"),
+    pytest.param(raw(6, flags=1, stream=0x80000000, payload=bytes(8)), id="reserved bit in the number of the connection"),
     pytest.param(raw(8, payload=b"\x80\0\0\1"), id="reserved bit in a window's increment"),
 ]
 

@@ -127,8 +127,9 @@ def test_faults_have_their_own_kind(tmp_path: Path, fault: dict[str, float], kin
         document, _ = run(data, tmp_path / "run")
     found = {error["kind"] for error in document["errors"]}
     if kinds == {"stale"}:
-        # A closed idle connection is usually seen in time and left alone; only what was sent into it may fail.
-        assert found <= kinds
+        # A closed idle connection is usually seen in time and left alone; only what was sent into it may fail,
+        # and a reset that overtakes the news of the close looks like any other.
+        assert found <= kinds | {"reset"}
     else:
         assert found == kinds
         assert document["verdict"] == "FAIL", document["reasons"]

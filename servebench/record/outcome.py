@@ -17,7 +17,7 @@ class Outcome(IntEnum):
     OK = 2
     TIMEOUT = 3  #: no complete reply within the deadline
     CONNECT = 4  #: no connection could be opened
-    STALE = 5  #: the server closed an idle connection just as it was reused
+    STALE = 5  #: the server closed an idle connection, in good order, just as it was reused
     RESET = 6  #: the connection broke, or ended before the reply was complete
     PROTOCOL = 7  #: the reply was not valid HTTP, or too large
     STATUS = 8  #: the server answered with an error status

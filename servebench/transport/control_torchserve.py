@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import ssl
 from typing import Any
 
@@ -48,7 +49,7 @@ async def probe(url: str, target: str, body: bytes, headers: dict[str, str], tls
     try:
         async with (
             aiohttp.ClientSession(timeout=_TIMEOUT, connector=connector) as session,
-            session.post(url.rstrip("/") + target, data=body, headers=headers) as response,
+            session.post(url.rstrip("/") + target, data=io.BytesIO(body), headers=headers) as response,
         ):
             status, reply = response.status, await response.read()
     except (aiohttp.ClientError, TimeoutError) as error:

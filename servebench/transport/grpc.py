@@ -95,10 +95,6 @@ class Channel(asyncio.Protocol):
         if pool.waiting:
             pool.serve_waiting()
 
-    def eof_received(self) -> bool:
-        self._pool.leave(self)
-        return False
-
     def connection_lost(self, exc: Exception | None) -> None:
         goaway = self.http2.goaway
         detail = f"connection lost{f' after {goaway}' if goaway else ''}{f': {exc}' if exc else ''}"

@@ -113,7 +113,8 @@ class Connection(asyncio.Protocol):
             elif self.used and exc is None:  # closed in good order, with our query on its way
                 self.fail(Outcome.STALE, "the server closed the idle connection as it was reused")
             else:
-                self.fail(Outcome.RESET, f"connection closed before any reply{f': {exc}' if exc else ''}")
+                where = " (it had served queries before: perhaps closed while idle)" if self.used else ""
+                self.fail(Outcome.RESET, f"connection closed before any reply{f': {exc}' if exc else ''}{where}")
         self.reader.close()
         self._pool.lost(self)
 
