@@ -1060,29 +1060,41 @@ def test_grpcio_receives_metadata_and_the_deadline(grpcio: Grpcio) -> None:
     run(test())
 
 
-def test_grpcio_limits_streams_and_goes_away_gracefully() -> None:
+def test_grpcio_limits_streams() -> None:
     async def test() -> None:
         peer = Grpcio(max_concurrent_streams=2)
         tape = Tape()
         async with peer.opened(tape, "hold") as transport:
-            for row in range(5):
+            for row in range(20):
                 transport.issue(row, REQUEST)
             assert set(tape.issues) == {0, 1}
-            assert transport.stats.stream_waits == 3
             peer.gate.set()
-            assert await ends(tape, 5) == [Outcome.OK] * 5
-            peer.gate.clear()
-            for _ in range(5):
-                peer.entered.acquire()
-            transport.issue(5, REQUEST)
-            await asyncio.get_running_loop().run_in_executor(None, peer.entered.acquire)
+            for row in range(20):
+                end = await tape.of(row)
+                # gRPC's C core counts a stream for a moment after it has said its end, and then refuses the next.
+                assert (end.outcome, end.detail) in [(Outcome.OK, ""), (Outcome.RESET, "RST_STREAM REFUSED_STREAM")]
+            assert transport.stats.stream_waits == 18
+            assert transport.stats.connections_opened == 1
+        peer.server.stop(None).wait()
+
+    run(test())
+
+
+def test_grpcio_goes_away_gracefully() -> None:
+    async def test() -> None:
+        peer = Grpcio()
+        tape = Tape()
+        async with peer.opened(tape, "hold") as transport:
+            loop = asyncio.get_running_loop()
+            transport.issue(0, REQUEST)
+            await loop.run_in_executor(None, peer.entered.acquire)
             stopped = peer.server.stop(20)  # GOAWAY; what is on its way may finish, and nobody listens any more
             await until(lambda: bool(transport.stats.connect_failures))
-            assert not tape.of(5).done()
+            assert not tape.of(0).done()
             peer.gate.set()
-            assert (await tape.of(5)).outcome is Outcome.OK
-            transport.issue(6, REQUEST)
-            assert (await tape.of(6)).outcome is Outcome.CONNECT
-            await asyncio.get_running_loop().run_in_executor(None, stopped.wait)
+            assert (await tape.of(0)).outcome is Outcome.OK
+            transport.issue(1, REQUEST)
+            assert (await tape.of(1)).outcome is Outcome.CONNECT
+            await loop.run_in_executor(None, stopped.wait)
 
     run(test())

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from servebench.wire import http2
 from servebench.wire.faults import ProtocolFault
 from servebench.wire.grpc import read_end
-from servebench.wire.http2 import Http2Client, Stream, encode_headers
+from servebench.wire.http2 import Http2Client, Stream
+from servebench.wire.http2_headers import encode_headers
 
 BLOCK = encode_headers([(":method", "POST"), (":scheme", "http"), (":path", "/s/m"), (":authority", "a"), ("te", "trailers")])
 MAX_WINDOW = 2**31 - 1

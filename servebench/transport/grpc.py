@@ -98,9 +98,9 @@ class Channel(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         goaway = self.http2.goaway
         detail = f"connection lost{f' after {goaway}' if goaway else ''}{f': {exc}' if exc else ''}"
-        self.break_off(Outcome.RESET, detail, now_ns())
         self._pool.closed(self)
         self.gone.set_result(None)
+        self.break_off(Outcome.RESET, detail, now_ns())
 
     def cancel(self, row: int) -> Stream | None:
         """Give a call up; None when it has ended."""

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from servebench.wire.faults import ProtocolFault
-from servebench.wire.http2 import Stream, encode_headers
+from servebench.wire.http2 import Stream
+from servebench.wire.http2_headers import encode_headers
 
 STATUS_NAMES = (
     "OK",

@@ -19,35 +19,35 @@ in trailers, frames after the end of a stream, a peer that overdraws our windows
 
 from __future__ import annotations
 
-import re
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-from hpack import Decoder, HPACKError
 
 from servebench.wire.faults import ProtocolFault
-
-DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
-END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY_FLAG = 0x1, 0x1, 0x4, 0x8, 0x20
-_HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE, _MAX_HEADER_LIST = range(1, 7)
-ERROR_NAMES = (
-    "NO_ERROR",
-    "PROTOCOL_ERROR",
-    "INTERNAL_ERROR",
-    "FLOW_CONTROL_ERROR",
-    "SETTINGS_TIMEOUT",
-    "STREAM_CLOSED",
-    "FRAME_SIZE_ERROR",
-    "REFUSED_STREAM",
-    "CANCEL",
-    "COMPRESSION_ERROR",
-    "CONNECT_ERROR",
-    "ENHANCE_YOUR_CALM",
-    "INADEQUATE_SECURITY",
-    "HTTP_1_1_REQUIRED",
+from servebench.wire.http2_frames import (
+    ACK,
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    FRAME,
+    GOAWAY,
+    HEADERS,
+    PADDED,
+    PING,
+    PRIORITY_FLAG,
+    PUSH_PROMISE,
+    RST_STREAM,
+    SETTINGS,
+    WINDOW_UPDATE,
+    check_size,
+    check_stream_0,
+    error_name,
+    frame,
+    frame_bounds,
 )
+from servebench.wire.http2_headers import MAX_HEADER_BYTES, Fields, decode_headers
+
+_HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE, _MAX_HEADER_LIST = range(1, 7)
 _NO_ERROR, _CANCEL = 0, 8
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -57,12 +57,9 @@ _DEFAULT_FRAME_SIZE = 16_384
 _OUR_FRAME_SIZE = 1 << 20  #: fewer frame headers in large replies; the default is 16 KiB
 _LARGE_FRAME = _OUR_FRAME_SIZE >> 16
 _HEADERS_FLAGS = END_HEADERS | PADDED | PRIORITY_FLAG
-_MAX_HEADER_BYTES = 64 * 1024
 _MAX_FRAGMENTS = 64  #: of one header block; empty CONTINUATIONs would otherwise never end
 _MAX_REMEMBERED_BLOCKS = 256
 _STREAM_BITS = 2**31 - 1  #: the bit above a stream's number is reserved, and ignored (RFC 9113, 4.1)
-_TABLE_OF_SIZE_0 = b"\x20"  #: a dynamic table size update (RFC 7541, 6.3)
-_HEADER_NAME = re.compile(r":?[!#$%&'*+\-.^_`|~0-9a-z]+")
 
 #: A connection's receive window, and how much of it is used up before it is refilled.
 RECEIVE_WINDOW = _MAX_WINDOW
@@ -70,9 +67,6 @@ REFILL_BYTES = 1 << 28
 #: The highest number a stream can have; a connection that has used it is of no more use.
 LAST_STREAM = 2**31 - 1
 
-_FRAME = struct.Struct(">BHBBL")  # length (24 bits in two parts), type, flags, stream
-
-Fields = dict[bytes, bytes]
 #: header block -> its fields; shared by a transport's connections.
 HeaderMemo = dict[bytes, Fields]
 
@@ -94,49 +88,6 @@ class Stream:
     reset: str | None = None  #: why the peer ended it, where it did
 
 
-def encode_headers(fields: Iterable[tuple[str, str]]) -> bytes:
-    """A header block that needs no state: literals without indexing, names and values as they are.
-
-    It sets the dynamic table's size to 0 first, as a block must once the peer has announced a
-    smaller table than before (RFC 9113, 4.3.1); that way it fits wherever in a connection it is sent.
-    `ValueError` for what HTTP/2 forbids in names and values (RFC 9113, 8.2.1), and for more than a frame holds.
-    """
-    block = bytearray(_TABLE_OF_SIZE_0)
-    for name, value in fields:
-        if not _HEADER_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is not an HTTP/2 header name: lower case, no spaces")
-        if any(char in "\r\n\0" or ord(char) > 0xFF for char in value):
-            raise ValueError(f"header {name}: the value holds a line break or a character outside Latin-1")
-        if value.strip(" \t") != value:
-            raise ValueError(f"header {name}: the value begins or ends with a space")
-        block.append(0)
-        for text in (name, value):
-            data = text.encode("latin-1")
-            block += _integer(len(data), 7) + data
-    if len(block) > _DEFAULT_FRAME_SIZE:
-        raise ValueError(f"the headers take {len(block)} bytes, more than the {_DEFAULT_FRAME_SIZE} of a frame")
-    return bytes(block)
-
-
-def _integer(value: int, bits: int) -> bytes:
-    """HPACK's variable-length integer (RFC 7541, 5.1), the bits above it 0."""
-    limit = (1 << bits) - 1
-    if value < limit:
-        return bytes([value])
-    out = bytearray([limit])
-    value -= limit
-    while value >= 128:
-        out.append(value % 128 + 128)
-        value //= 128
-    out.append(value)
-    return bytes(out)
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """One whole frame."""
-    return _FRAME.pack(len(payload) >> 16, len(payload) & 0xFFFF, kind, flags, stream) + payload
-
-
 class Http2Client:
     """One connection, from the client's side.
 
@@ -148,7 +99,7 @@ class Http2Client:
     def __init__(self, header_block: bytes, memo: HeaderMemo) -> None:
         size = len(header_block)
         self._request = struct.Struct(f">5sL{size}sBHBBL")  # a HEADERS frame, and the header of a DATA frame
-        self._headers_start = _FRAME.pack(size >> 16, size & 0xFFFF, HEADERS, END_HEADERS, 0)[:5]
+        self._headers_start = FRAME.pack(size >> 16, size & 0xFFFF, HEADERS, END_HEADERS, 0)[:5]
         self._header_block = header_block
         self._memo = memo
         self._parts: list[bytes] = []  # received, but not a whole frame yet
@@ -183,7 +134,7 @@ class Http2Client:
             _ENABLE_PUSH: 0,
             _INITIAL_WINDOW_SIZE: _MAX_WINDOW,
             _MAX_FRAME_SIZE: _OUR_FRAME_SIZE,
-            _MAX_HEADER_LIST: _MAX_HEADER_BYTES,
+            _MAX_HEADER_LIST: MAX_HEADER_BYTES,
         }
         payload = b"".join(struct.pack(">HL", key, value) for key, value in settings.items())
         window = struct.pack(">L", RECEIVE_WINDOW - _DEFAULT_WINDOW)
@@ -247,7 +198,7 @@ class Http2Client:
             start = stop = position + 9
             if start > end:
                 break
-            high, low, kind, flags, number = _FRAME.unpack_from(data, position)
+            high, low, kind, flags, number = FRAME.unpack_from(data, position)
             stop += (high << 16) + low
             if stop > end or high >= _LARGE_FRAME:
                 if stop - start > _OUR_FRAME_SIZE:
@@ -260,7 +211,7 @@ class Http2Client:
             if kind == DATA:
                 self._received += stop - start  # padding included, and whoever still wants it
                 if flags & PADDED:
-                    start, stop = _bounds(PADDED, data, start, stop)
+                    start, stop = frame_bounds(PADDED, data, start, stop)
                 stream = streams.get(number) or self._find(number)
                 if stream is None:
                     continue
@@ -314,7 +265,7 @@ class Http2Client:
         elif not self._heard_settings:
             raise ProtocolFault("the connection does not begin with SETTINGS")
         elif kind == HEADERS:
-            start, stop = _bounds(flags, payload, 0, len(payload))
+            start, stop = frame_bounds(flags, payload, 0, len(payload))
             if flags & END_HEADERS:
                 self._take_headers(number, flags, payload[start:stop], at_ns, ended)
             else:
@@ -322,17 +273,17 @@ class Http2Client:
         elif kind == CONTINUATION:
             self._take_continuation(flags, number, payload, at_ns, ended)
         elif kind == PING:
-            _check_size("PING", payload, 8)
-            _check_stream_0("PING", number)
+            check_size("PING", payload, 8)
+            check_stream_0("PING", number)
             if not flags & ACK:
                 self.outgoing += frame(PING, ACK, 0, payload)
         elif kind == WINDOW_UPDATE:
             self._take_window_update(number, payload)
         elif kind == RST_STREAM:
-            _check_size("RST_STREAM", payload, 4)
+            check_size("RST_STREAM", payload, 4)
             stream = self._find(number)
             if stream is not None:
-                stream.reset = f"RST_STREAM {_error_name(payload)}"
+                stream.reset = f"RST_STREAM {error_name(payload)}"
                 self._forget(stream)
                 ended.append(stream)
         elif kind == GOAWAY:
@@ -346,16 +297,16 @@ class Http2Client:
             raise ProtocolFault("CONTINUATION without a header block to continue")
         _, first_flags, fragments = self._block
         fragments.append(payload)
-        if len(fragments) > _MAX_FRAGMENTS or sum(map(len, fragments)) > _MAX_HEADER_BYTES:
-            raise ProtocolFault(f"header block over {_MAX_HEADER_BYTES} bytes or {_MAX_FRAGMENTS} frames")
+        if len(fragments) > _MAX_FRAGMENTS or sum(map(len, fragments)) > MAX_HEADER_BYTES:
+            raise ProtocolFault(f"header block over {MAX_HEADER_BYTES} bytes or {_MAX_FRAGMENTS} frames")
         if flags & END_HEADERS:
             self._block = None
             self._take_headers(number, first_flags, b"".join(fragments), at_ns, ended)
 
     def _take_settings(self, flags: int, number: int, payload: bytes) -> None:
-        _check_stream_0("SETTINGS", number)
+        check_stream_0("SETTINGS", number)
         if flags & ACK:
-            _check_size("SETTINGS ACK", payload, 0)
+            check_size("SETTINGS ACK", payload, 0)
             if not self._heard_settings:
                 raise ProtocolFault("the connection does not begin with SETTINGS")
             self.ready = True
@@ -385,7 +336,7 @@ class Http2Client:
         self.outgoing += frame(SETTINGS, ACK, 0)
 
     def _take_window_update(self, number: int, payload: bytes) -> None:
-        _check_size("WINDOW_UPDATE", payload, 4)
+        check_size("WINDOW_UPDATE", payload, 4)
         increment = int.from_bytes(payload, "big") & _MAX_WINDOW
         if increment == 0:
             raise ProtocolFault("WINDOW_UPDATE by 0")
@@ -399,12 +350,12 @@ class Http2Client:
                 _widen(stream, increment)
 
     def _take_goaway(self, number: int, payload: bytes, ended: list[Stream]) -> None:
-        _check_stream_0("GOAWAY", number)
+        check_stream_0("GOAWAY", number)
         if len(payload) < 8:
             raise ProtocolFault(f"GOAWAY of {len(payload)} bytes")
         last_allowed = int.from_bytes(payload[:4], "big") & _STREAM_BITS
         said = payload[8:200].decode("utf-8", "replace").strip()
-        goaway = f"GOAWAY {_error_name(payload[4:8])}{f': {said}' if said else ''}"
+        goaway = f"GOAWAY {error_name(payload[4:8])}{f': {said}' if said else ''}"
         self._open_no_more(goaway)
         for stream in [one for one in self.streams.values() if one.number > last_allowed]:
             stream.reset = goaway
@@ -412,17 +363,7 @@ class Http2Client:
             ended.append(stream)
 
     def _decode(self, block: bytes) -> Fields:
-        if len(block) > _MAX_HEADER_BYTES:
-            raise ProtocolFault(f"header block over {_MAX_HEADER_BYTES} bytes")
-        # A decoder of its own for each block: with a table of size 0 there is no state to share.
-        decoder = Decoder(max_header_list_size=_MAX_HEADER_BYTES)
-        decoder.header_table_size = 0
-        decoder.max_allowed_table_size = 0
-        try:
-            decoded: list[Any] = list(decoder.decode(block, raw=True))
-        except HPACKError as error:
-            raise ProtocolFault(f"header block cannot be decoded: {error}") from None
-        fields = {bytes(name): bytes(value) for name, value in decoded}
+        fields = decode_headers(block)
         if len(self._memo) >= _MAX_REMEMBERED_BLOCKS:
             del self._memo[next(iter(self._memo))]
         self._memo[block] = fields
@@ -480,7 +421,7 @@ class Http2Client:
         while position < allowed:
             size = min(allowed - position, frame_size)
             stop = position + size
-            parts.append(_FRAME.pack(size >> 16, size & 0xFFFF, DATA, END_STREAM if stop == length else 0, stream.number))
+            parts.append(FRAME.pack(size >> 16, size & 0xFFFF, DATA, END_STREAM if stop == length else 0, stream.number))
             parts.append(unsent[position:stop])
             position = stop
         stream.window -= position
@@ -490,31 +431,6 @@ class Http2Client:
             del self._blocked[stream.number]
         else:
             stream.unsent = unsent[position:]
-
-
-def _bounds(flags: int, data: bytes, start: int, stop: int) -> tuple[int, int]:
-    """Where the content of a DATA or HEADERS frame lies within its payload, padding and priority left out."""
-    padding = 0
-    if flags & PADDED:
-        if start == stop:
-            raise ProtocolFault("a padded frame without the length of its padding")
-        padding = data[start]
-        start += 1
-    if flags & PRIORITY_FLAG:
-        start += 5
-    if start + padding > stop:
-        raise ProtocolFault("padding or priority longer than its frame")
-    return start, stop - padding
-
-
-def _check_size(name: str, payload: bytes, size: int) -> None:
-    if len(payload) != size:
-        raise ProtocolFault(f"{name} of {len(payload)} bytes, not {size}")
-
-
-def _check_stream_0(name: str, number: int) -> None:
-    if number:
-        raise ProtocolFault(f"{name} on stream {number}")
 
 
 def _is_final(fields: Fields, flags: int) -> bool:
@@ -529,8 +445,3 @@ def _widen(stream: Stream, by: int) -> None:
     stream.window += by
     if stream.window > _MAX_WINDOW:
         raise ProtocolFault(f"flow-control window of stream {stream.number} over 2^31-1")
-
-
-def _error_name(code: bytes) -> str:
-    number = int.from_bytes(code, "big")
-    return ERROR_NAMES[number] if number < len(ERROR_NAMES) else f"error {number}"
