@@ -923,6 +923,20 @@ def test_closing_leaves_nothing(tls: bool) -> None:
     run(test())
 
 
+def test_closing_ends_even_where_the_sink_fails(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(calls: Calls, number: int) -> None:
+        await calls.until(lambda: False)
+
+    async def test() -> None:
+        tape = Tape()
+        async with h2_serving(script) as url, opened(url, tape) as transport:
+            transport.issue(0, REQUEST)
+            tape.of(0).cancel()  # the tape takes no end of this call
+
+    run(test())
+    assert "InvalidStateError" in caplog.text
+
+
 def test_closing_while_connecting() -> None:
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         if number == 0:
