@@ -9,6 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from e2e import assert_books_balance, command
 
+# A neighbour's burst on a shared machine can fail a comparison with theory once; a fault of ours fails it every time.
+pytestmark = pytest.mark.flaky(reruns=2)
+
 MODELS = Path(__file__).resolve().parent.parent / "servers" / "models" / "digits"
 PROFILES = [
     pytest.param("digits-triton-http", marks=pytest.mark.triton),

@@ -14,6 +14,9 @@ from servebench.launcher import RunningServer, find_launcher
 from servebench.profile import load_profile
 from servebench.record.progress import Snapshot
 
+# A neighbour's burst on a shared machine can fail a comparison with theory once; a fault of ours fails it every time.
+pytestmark = pytest.mark.flaky(reruns=2)
+
 
 def launch(name: str, tmp_path: Path, **options: Any) -> RunningServer:
     launcher = find_launcher(name)

@@ -26,7 +26,8 @@ from servebench.judge.verdict import exit_code
 from servebench.record.outcome import Outcome
 from servebench.record.progress import Snapshot
 
-pytestmark = pytest.mark.load
+# A neighbour's burst on a shared machine can fail a comparison with theory once; a fault of ours fails it every time.
+pytestmark = [pytest.mark.load, pytest.mark.flaky(reruns=2)]
 
 
 def codes(document: dict[str, Any]) -> set[str]:
