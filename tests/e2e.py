@@ -1,6 +1,7 @@
 """Helpers for tests that run servebench for real, against a stub on another core."""
 
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -57,7 +58,13 @@ def profile_data(url: str | None = None, *, constraints: list[str], load: dict[s
 
 def run(data: dict[str, Any], out: Path, observer: Quiet | None = None) -> tuple[dict[str, Any], RunData]:
     """Run a profile here; its judged document and its records."""
-    run_profile(parse_profile(data, source="test"), out, command=["test"], observer=observer or Quiet())
+    # This process has the heap of a whole test session: collecting it would take a core from client or server.
+    gc.collect()
+    gc.disable()
+    try:
+        run_profile(parse_profile(data, source="test"), out, command=["test"], observer=observer or Quiet())
+    finally:
+        gc.enable()
     return rewrite_reports(out), read_run(out)
 
 

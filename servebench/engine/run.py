@@ -38,7 +38,7 @@ from servebench.engine.preparation import (
     worker_settings,
 )
 from servebench.engine.requests import share_requests
-from servebench.errors import ServebenchError
+from servebench.errors import LaunchError, ServebenchError
 from servebench.launcher import RunningServer
 from servebench.profile import Profile
 from servebench.record.columns import Columns
@@ -122,7 +122,9 @@ class _Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupt)
         profile, facts, directory = self._profile, self._facts, self._directory
-        url = self.server.urls[profile.endpoint.framing] if self.server is not None else str(profile.server.url)
+        url = str(profile.server.url) if self.server is None else self.server.urls.get(profile.endpoint.framing)
+        if url is None:
+            raise LaunchError(f"{profile.server.launch}: serves nothing over {profile.endpoint.framing} here; see its log")
         headers = query_headers(profile, self.server.tokens.get("inference") if self.server is not None else None)
         self._observer.phase("asking the server about the model")
         found = await discover_model(profile, url, headers, self.server)

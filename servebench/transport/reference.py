@@ -15,6 +15,7 @@ the contract (`servebench.transport.base.Transport`):
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import functools
 
@@ -38,7 +39,7 @@ class Query:
         self.task: asyncio.Task[None]
 
 
-class ReferenceTransport:
+class ReferenceTransport(abc.ABC):
     """Tasks, rows and their ends; subclasses call the library in `carry`.
 
     ``sink`` may be replaced between phases. Row numbers begin anew with a phase: what the task of
@@ -51,13 +52,13 @@ class ReferenceTransport:
         self._out: dict[int, Query] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @abc.abstractmethod
     async def carry(self, query: Query, request: bytes | memoryview) -> None:
         """Carry one query through the library; the first step tells the sink that it is ``issued``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def close_library(self) -> None:
         """Close what the library holds; no task is left by then."""
-        raise NotImplementedError
 
     def issue(self, row: int, request: bytes | memoryview) -> None:
         query = self._out[row] = Query(row)
