@@ -33,7 +33,7 @@ MAX_MEDIAN_ERROR_NS = 150_000
 MAX_P99_ERROR = 0.05
 MAX_TRIES = 2
 #: What client or stub may be late by at their 99th percentile, for a run to be compared with theory.
-MAX_DISTURBANCE_NS = 600_000
+MAX_DISTURBANCE_NS = 1_500_000
 
 Times = npt.NDArray[np.int64]
 
@@ -97,10 +97,9 @@ def loaded_run(
             document, data = run(settings, tmp_path / f"run-{attempt}")
             stamps = np.load(io.BytesIO(urlopen(f"{server.urls['http']}/stub/stamps?format=npy").read()))
         late_ns = np.sort(stamps["departure_ns"] - stamps["due_ns"])
-        # A narrow client is late by design: there the stub and the loop's own pauses tell.
+        # A narrow client is late by design: there the stub alone tells.
         delay_ns = 0 if client else document["issue_delay"]["percentiles"]["99"]
-        stalls = sum(worker["stats"]["stall_count"] for worker in document["workers"])
-        if not stalls and max(delay_ns, late_ns[int(0.99 * len(late_ns))]) <= MAX_DISTURBANCE_NS:
+        if max(delay_ns, late_ns[int(0.99 * len(late_ns))]) <= MAX_DISTURBANCE_NS:
             return data
     pytest.skip(
         f"the machine is too busy to compare with theory: {MAX_TRIES} tries had 1 % of events over {MAX_DISTURBANCE_NS} ns late"
