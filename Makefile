@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup quickstart test lint format bench docs clean
+.PHONY: help setup quickstart test test-models lint format bench bench-full docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,8 +20,11 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## host the digits model on a real Triton and load-test it (about half a minute)
 	@$(BIN)/servebench run digits-triton-http
 
-test: $(STAMP) ## run all tests
+test: $(STAMP) ## run all tests but those of the large models
 	@$(BIN)/python -m pytest
+
+test-models: $(STAMP) ## host every model on both servers and compare its answers (some minutes)
+	@$(BIN)/python -m pytest -m models
 
 lint: $(STAMP) ## check style and types
 	@$(BIN)/ruff check .
@@ -32,9 +35,11 @@ format: $(STAMP) ## apply the code style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## measure the client's own speed (apt install nginx-light nghttp2-server)
-	@$(BIN)/python -m benchmarks.ceiling
-	@$(BIN)/python -m benchmarks.ceiling_grpc
+bench: $(STAMP) ## measure the client beside its peers, in minutes (apt install nginx-light nghttp2 wrk hey)
+	@$(BIN)/python -m benchmarks.run_all --quick
+
+bench-full: $(STAMP) ## the same with repeats: the figures of docs/performance.md
+	@$(BIN)/python -m benchmarks.run_all
 
 docs: $(STAMP) ## rewrite the profile reference in README.md from the schema
 	@$(BIN)/python docs/profile_table.py README.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from servebench.errors import LaunchError, ProfileError, ServebenchError
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
+
+    from servebench.launcher import RunningServer
 
 _EXIT_FAILURE, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
 _EXIT_CODES = """
@@ -135,6 +138,26 @@ def schedule(profile: str, overrides: tuple[str, ...], library_size: int | None,
         render_schedule(loaded.name, document, console=_console())
 
 
+@main.command(short_help="Check this host: the client's needs, devices, and every way to launch a server.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Check this host: what the client needs, its devices, and every way to launch a server; with a fix for each failure.
+
+    Takes a second or two, starts no server and changes nothing. Exit code 0 when no check of the
+    client failed and at least one way to launch works, else 1.
+    """
+    from servebench.doctor.examine import examine
+    from servebench.doctor.render import render
+
+    examination = examine()
+    if as_json:
+        click.echo(json.dumps(examination.document(), indent=2))
+    else:
+        render(examination, console=_console())
+    ctx.exit(0 if examination.passed else _EXIT_FAILURE)
+
+
 @main.command(name="profile-schema", short_help="Print the JSON Schema of load profiles, for editors.")
 def profile_schema() -> None:
     """Print the JSON Schema of load profiles. Editors complete and check YAML files with it."""
@@ -163,7 +186,8 @@ class _Launchers(click.Group):
             cmd_name,
             callback=_serve_callback(cmd_name),
             short_help=f"Start {cmd_name} and keep it up.",
-            help=f"Start {cmd_name} on 127.0.0.1, print its endpoints, and keep it up until Ctrl-C.",
+            help=f"Start {cmd_name} on 127.0.0.1, print its endpoints and how to test it, and keep it up until Ctrl-C; "
+            "meanwhile say once a second how it fares.",
             epilog=f"\b\nOptions for --set, and for server.options in a profile:\n{options}",
             params=[
                 click.Option(["--model"], required=default_model is None, default=default_model, help="Model to host."),
@@ -193,7 +217,14 @@ def _option_help(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 @main.group(cls=_Launchers, short_help="Start a bundled server and keep it up.")
 def serve() -> None:
-    """Start one of the bundled servers on 127.0.0.1 and keep it up until Ctrl-C."""
+    """Start one of the bundled servers on 127.0.0.1 and keep it up until Ctrl-C.
+
+    \b
+    Start here:
+      servebench serve stub                        a server whose true behaviour is known
+      servebench serve triton --model digits
+      servebench serve torchserve --model digits --set workers=2
+    """
 
 
 def _serve_callback(name: str) -> Callable[..., None]:
@@ -201,7 +232,8 @@ def _serve_callback(name: str) -> Callable[..., None]:
         import signal
         import tempfile
 
-        from servebench.engine.hosting import check_launch_options
+        from servebench.engine.hosting import check_launch_options, interrupting
+        from servebench.engine.serving import END_SIGNALS
         from servebench.launcher import find_launcher
         from servebench.profile import apply_overrides
 
@@ -211,28 +243,40 @@ def _serve_callback(name: str) -> Callable[..., None]:
         options = check_launch_options(launcher, given, source="--set")
         if work is not None:
             work.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"servebench-{name}-") as scratch:
+        with interrupting(*END_SIGNALS), tempfile.TemporaryDirectory(prefix=f"servebench-{name}-") as scratch:
+            click.echo(f"servebench: starting {name}", err=True)
             server = launcher.launch(model, options, work or Path(scratch))
             try:
-                for protocol, url in server.urls.items():
-                    click.echo(f"{protocol:8} {url}")
-                click.echo(f"log      {server.log_path}")
-                click.echo(f"{name} is ready and hosts {model!r}; Ctrl-C stops it.")
-                click.echo(f"Test it:  servebench run PROFILE --set server='{{url: \"{server.urls['http']}\"}}'")
-                signal.signal(signal.SIGTERM, signal.default_int_handler)
-                while server.exit_code() is None:
-                    signal.sigtimedwait([], 0.5)
-                raise LaunchError(f"{name} ended by itself (exit {server.exit_code()})", log_tail=_tail(server.log_path))
-            except KeyboardInterrupt:
-                click.echo(f"\nstopping {name}")
+                with contextlib.suppress(KeyboardInterrupt):  # a signal before the watch hears them
+                    _keep_up(name, server, model)
             finally:
+                for number in END_SIGNALS:  # what is stopped half way, its files included, leaves something behind
+                    signal.signal(number, signal.SIG_IGN)
+                click.echo(f"servebench: stopping {name}", err=True)
                 server.stop()
 
     return callback
 
 
-def _tail(path: Path) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+def _keep_up(name: str, server: RunningServer, model: str) -> None:
+    """Say where a server is, and then how it fares, until a signal comes."""
+    import asyncio
+
+    from servebench.engine.run_lines import run_lines
+    from servebench.engine.serving import watch
+    from servebench.report.serving import ServingView
+
+    width = max(len(kind) for kind in server.urls)
+    for kind, url in server.urls.items():
+        click.echo(f"{kind:{width}}  {url}")
+    click.echo(f"{'log':{width}}  {server.log_path}")
+    click.echo(f"{name} is ready and hosts {model!r}; Ctrl-C stops it.")
+    lines = run_lines(name, server, model)
+    click.echo("Test it:" if lines else "Test it with a profile whose samples fit it: servebench run --help")
+    for line in lines:
+        click.echo(f"  {line}")
+    with ServingView(model) as view:
+        asyncio.run(watch(server, model, view.show))
 
 
 def _public(arguments: list[str]) -> list[str]:
@@ -272,4 +316,7 @@ def _report(directory: Path, *, as_json: bool) -> int:
         click.echo(json.dumps(document, indent=2))
     else:
         render(document, console=_console(), directory=directory)
+    for action in (document["server"] or {}).get("control", []):
+        if "error" in action:
+            click.echo(f"servebench: warning: the server was not left as it was found: {action['error']}", err=True)
     return exit_code(document["verdict"])

@@ -27,7 +27,11 @@ class RunningServer(Protocol):
 
     @property
     def urls(self) -> dict[str, str]:
-        """Base URLs by name: ``http``, ``grpc`` (``grpc://host:port``) and, where it has one, ``management``."""
+        """Base URLs by name: ``http`` and ``grpc`` (``grpc://host:port``) answer queries, where the server has them.
+
+        ``management`` is TorchServe's management API, and says that queries are TorchServe's, else they
+        are KServe's; ``metrics`` is the whole address of the page of Prometheus metrics.
+        """
 
     @property
     def tokens(self) -> dict[str, str]:

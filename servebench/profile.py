@@ -31,21 +31,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-def _check_url(url: str) -> None:
+def _check_url(url: str, *, key: str = "url", schemes: tuple[str, ...] = ("http", "https", "grpc", "grpcs")) -> None:
     """Refuse what would be dropped silently, or would carry a secret into the run directory."""
     if "@" in url.partition("//")[2].partition("/")[0]:
-        raise ValueError("url: holds a user or password; use endpoint.headers or endpoint.bearer_token_env")
+        instead = "endpoint.headers or endpoint.bearer_token_env" if key == "url" else "management_token_env"
+        raise ValueError(f"{key}: holds a user or password; use {instead}")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:  # a port that is no number, or too large; a broken IPv6 address
-        raise ValueError(f"url: {url!r}: {error}") from None
-    if parts.scheme not in ("http", "https", "grpc", "grpcs") or parts.hostname is None or port == 0:
-        raise ValueError(f"url: {url!r} is not an http://, https://, grpc:// or grpcs:// address")
+        raise ValueError(f"{key}: {url!r}: {error}") from None
+    if parts.scheme not in schemes or parts.hostname is None or port == 0:
+        *others, last = (f"{scheme}://" for scheme in schemes)
+        raise ValueError(f"{key}: {url!r} is not an {', '.join(others)} or {last} address")
     if parts.scheme.startswith("grpc") and port is None:
-        raise ValueError(f"url: {url!r} needs a port, e.g. {parts.scheme}://127.0.0.1:8001")
+        raise ValueError(f"{key}: {url!r} needs a port, e.g. {parts.scheme}://127.0.0.1:8001")
     if parts.query or parts.fragment:
-        raise ValueError("url: goes on after its path, with ? or #; give the base address alone")
+        raise ValueError(f"{key}: goes on after its path, with ? or #; give the base address alone")
 
 
 class Server(_Section):
@@ -57,6 +59,14 @@ class Server(_Section):
     """Base URL of a server that already runs, e.g. `http://127.0.0.1:8000`, or `grpc://127.0.0.1:8001` (`https`, `grpcs` for TLS). Nothing is started or stopped."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The launcher's own settings (`servebench serve NAME --help` lists them)."""
+    load_model: bool = False
+    """Triton at `url`, started with `--model-control-mode=explicit`: load `endpoint.model` before the run if it is not ready, and then unload it afterwards, however the run ends."""
+    management_url: str | None = None
+    """TorchServe at `url`: its management API, e.g. `http://127.0.0.1:8081`. The run checks there that the model's workers are READY, and keeps its description."""
+    management_token_env: str | None = None
+    """Environment variable that holds the bearer token of the API at `management_url`."""
+    workers: int | None = Field(default=None, ge=1, le=1_024)
+    """TorchServe at `url`: scale the model to this many workers before the run, by the API at `management_url`, and back afterwards, however the run ends."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Server:
@@ -66,6 +76,22 @@ class Server(_Section):
             _check_url(self.url)
             if self.options:
                 raise ValueError("options belong to launch; a server at url is used as it is")
+        elif self.load_model:
+            raise ValueError("load_model: a launched server loads its model by itself; it is for a server at url")
+        elif self.management_url is not None:
+            raise ValueError("management_url: a launched server's is known; it is for a server at url")
+        elif self.workers is not None:
+            raise ValueError("workers: for a server at url; a launched one takes them in its options")
+        return self
+
+    @model_validator(mode="after")
+    def _management(self) -> Server:
+        if self.management_url is not None:
+            _check_url(self.management_url, key="management_url", schemes=("http", "https"))
+        elif self.workers is not None:
+            raise ValueError("workers: needs management_url, the API that scales them")
+        elif self.management_token_env is not None:
+            raise ValueError("management_token_env: needs management_url, the API that wants the token")
         return self
 
 
@@ -193,6 +219,8 @@ class Client(_Section):
     """Cap on outstanding queries per worker. A query due beyond it is shed: counted, and judged as over every bound."""
     cpus: list[int] | None = None
     """CPUs the workers may use, e.g. `[1]`; all when omitted."""
+    apart: bool = False
+    """Keep client and server on different CPUs of this host: where `cpus` is omitted, the workers take as many of the last CPUs as there are workers; a server that the run launches gets the rest (unless its options name `cpus`). Where that leaves none, all are shared."""
 
 
 class OutputCheck(_Section):
@@ -230,6 +258,10 @@ class Profile(_Section):
         if url is not None and url.startswith("grpc") != (endpoint.framing == "grpc"):
             scheme = "grpc:// or grpcs://" if endpoint.framing == "grpc" else "http:// or https://"
             raise ValueError(f"server.url: {url!r} does not fit endpoint.protocol {endpoint.protocol}, which needs {scheme}")
+        if self.server.load_model and not endpoint.protocol.startswith("kserve"):
+            raise ValueError(f"server.load_model: is Triton's; endpoint.protocol is {endpoint.protocol}")
+        if self.server.management_url is not None and not endpoint.protocol.startswith("torchserve"):
+            raise ValueError(f"server.management_url: is TorchServe's; endpoint.protocol is {endpoint.protocol}")
         if (self.client.transport, endpoint.framing) in (("aiohttp", "grpc"), ("grpcio", "http")):
             raise ValueError(f"client.transport: {self.client.transport} does not speak endpoint.protocol {endpoint.protocol}")
         if self.samples.source == "files" and not endpoint.protocol.startswith("torchserve"):

@@ -25,6 +25,9 @@ ENDPOINTS = ("inference", "management", "metrics", "grpc", "grpc_management", "w
 # TorchServe has no "never"; a run that outlives its tokens would turn into errors half way.
 _TOKEN_EXPIRATION_MIN = 365 * 24 * 60
 
+# As Triton's default for HTTP.
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
 # TorchServe's own file logs eight lines a request, each to the console and to a file. Exactly those are left out here.
 _QUIET_LOG4J2 = """\
 <?xml version="1.0" encoding="UTF-8"?>
@@ -62,7 +65,7 @@ _QUIET_LOG4J2 = """\
 
 @dataclass(frozen=True, slots=True)
 class TorchServeConfig:
-    """The settings of a TorchServe that hosts one model on CPU."""
+    """The settings of a TorchServe that hosts one model."""
 
     model: str
     batch_size: int
@@ -77,6 +80,8 @@ class TorchServeConfig:
     model_api: bool
     oip: bool
     handler: Mapping[str, Any]  #: what the model's handler reads
+    device_type: str = "cpu"  #: ``cpu`` or ``gpu``
+    device_ids: tuple[int, ...] = ()  #: of the GPUs that workers are spread over
 
     @property
     def vmargs(self) -> list[str]:
@@ -88,15 +93,15 @@ class TorchServeConfig:
         """File name of the model archive in the model store."""
         return f"{self.model}.mar"
 
-    def render_properties(self, ports: Mapping[str, int]) -> str:
-        """``config.properties``. ``ports`` has one for each of `ENDPOINTS`."""
+    def render_properties(self, ports: Mapping[str, int], address: str = HOST) -> str:
+        """``config.properties``. ``ports`` has one for each of `ENDPOINTS`, all on ``address``."""
         properties: dict[str, str | int | bool] = {
-            "inference_address": f"http://{HOST}:{ports['inference']}",
-            "management_address": f"http://{HOST}:{ports['management']}",
-            "metrics_address": f"http://{HOST}:{ports['metrics']}",
-            "grpc_inference_address": HOST,
+            "inference_address": f"http://{address}:{ports['inference']}",
+            "management_address": f"http://{address}:{ports['management']}",
+            "metrics_address": f"http://{address}:{ports['metrics']}",
+            "grpc_inference_address": address,
             "grpc_inference_port": ports["grpc"],
-            "grpc_management_address": HOST,
+            "grpc_management_address": address,
             "grpc_management_port": ports["grpc_management"],
             "initial_worker_port": ports["worker"],
             "load_models": self.archive_name,
@@ -104,7 +109,11 @@ class TorchServeConfig:
             "default_response_timeout": self.response_timeout_s,
             "default_startup_timeout": self.startup_timeout_s,
             "job_queue_size": self.job_queue_size,
-            "number_of_gpu": 0,
+            # Not how many to use, but how many there are: up to the highest number.
+            "number_of_gpu": max(self.device_ids, default=-1) + 1,
+            # Its own 6.5 MB are ten images of 224 x 224.
+            "max_request_size": _MAX_MESSAGE_BYTES,
+            "max_response_size": _MAX_MESSAGE_BYTES,
             "metrics_mode": "prometheus",
             # They come from a Python process that TorchServe starts once a minute.
             "disable_system_metrics": True,
@@ -126,7 +135,8 @@ class TorchServeConfig:
 
     def render_model_config(self) -> str:
         """``model-config.yaml``."""
-        return yaml.safe_dump(self._model_settings() | {"handler": dict(self.handler)}, sort_keys=False)
+        devices = {"deviceIds": list(self.device_ids)} if self.device_ids else {}
+        return yaml.safe_dump(self._model_settings() | devices | {"handler": dict(self.handler)}, sort_keys=False)
 
     def render_log4j2(self) -> str:
         """``log4j2.xml``: to the console only, and nothing for a request that succeeds."""
@@ -157,5 +167,5 @@ class TorchServeConfig:
             "maxBatchDelay": self.max_batch_delay_ms,
             "responseTimeout": self.response_timeout_s,
             "startupTimeout": self.startup_timeout_s,
-            "deviceType": "cpu",
+            "deviceType": self.device_type,
         }

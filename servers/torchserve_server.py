@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from servebench.errors import LaunchError
 from servebench.launcher import RunningServer
 
+from .container_engine import ContainerError
 from .host import HOST
 from .process import ServerProcess
 from .torchserve_config import TorchServeConfig
@@ -115,6 +116,8 @@ class TorchServeServer:
     def _wait_until_it_says_so(self, deadline_s: float) -> None:
         try:
             self._process.wait_ready(self._is_ready, deadline_s)
+        except ContainerError:
+            raise
         except LaunchError as error:
             # The process quotes the log's last line; an exception in it says more. But not one that
             # TorchServe logged only because it was stopped.

@@ -1,13 +1,12 @@
 """Starts Triton Inference Server with one of our models: ``server.launch: triton``.
 
-Plan. What is known to fail late or silently is checked first (`triton_install`). Then a model
-repository is rendered under the work directory, and Triton starts on it, on CPU and loopback,
+Plan. What is known to fail late or silently is checked first (`triton_install`, `models.options`).
+Then a model repository is rendered under the work directory, and Triton starts on it, on loopback,
 with explicit model control; `triton_server` waits for it and ends it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -15,42 +14,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, FilePath, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from servebench.errors import LaunchError
+from servebench.hostcheck import CheckGroup
 from servebench.launcher import Launcher
 
-from .host import HOST, choose_ports, installed_version
-from .models import MODELS, HostedModel
+from .container import IMAGES_OWN, ContainerOptions, ContainerProcess, container_devices
+from .host import HOST, choose_ports
+from .models.options import Hosting, HostingOptions, prepare
+from .models.serving import TRITON_FILES
 from .process import ServerProcess
 from .triton_config import DynamicBatching, TritonModelConfig
-from .triton_install import TritonInstallation, check_machine, find_installation, shm_needed_bytes
+from .triton_container import triton_container
+from .triton_install import check_machine, find_installation, shm_needed_bytes
 from .triton_server import TritonServer, new_shm_prefix
 
 _LARGEST_ELEMENT_BYTES = 8  # of KServe's data types of fixed size
+_ASSUMED_OPEN_SIZE = 512  # of axes that a model leaves open, to reckon with
 
 
-class TritonOptions(BaseModel):
+class TritonOptions(HostingOptions):
     """``server.options`` of the Triton launcher."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_batch_size: int = Field(default=16, ge=1)
     """Largest batch the server forms; 1 for none. A query of more rows than this is refused."""
     dynamic_batching: DynamicBatching | None = None
     """Join queued requests into batches; without it, each request is executed alone."""
     instance_count: int = Field(default=1, ge=1, le=256)
-    """Instances of the model, one process each (`instance_group.count`)."""
-    torch_threads: int = Field(default=1, ge=1)
-    """Threads torch uses in each instance; instances x threads beyond the number of CPUs slow each other down."""
-    weights: FilePath | None = None
-    """File with other weights of the same network (a torch state dict); the shipped ones when omitted."""
+    """Instances of the model on each of its devices, one process each (`instance_group.count`)."""
     http_threads: int | None = Field(default=None, ge=1)
     """Threads that handle HTTP requests; Triton's default (8) when omitted."""
     cpus: list[int] | None = Field(default=None, min_length=1)
     """CPUs the server and its instances may use, e.g. `[0]`; all when omitted."""
     binary: str | None = None
     """A `tritonserver` to start: a file, or `PATH` for the first on the PATH; the nvidia-pytriton wheel's when omitted."""
+    container: ContainerOptions | None = None
+    """Run Triton in a container, whose image has to bring torch; as a process of this host when omitted."""
     http_port: int = Field(default=0, ge=0, le=65535)
     """Port of the HTTP endpoint; 0 takes a free one."""
     grpc_port: int = Field(default=0, ge=0, le=65535)
@@ -65,6 +64,8 @@ class TritonOptions(BaseModel):
         sizes = self.dynamic_batching.preferred_batch_size if self.dynamic_batching else []
         if max(sizes, default=0) > self.max_batch_size:
             raise ValueError(f"preferred_batch_size {sizes} goes beyond max_batch_size {self.max_batch_size}")
+        if self.container is not None and self.binary is not None:
+            raise ValueError("binary is a program of this host, so it cannot go with container")
         given = [port for port in (self.http_port, self.grpc_port, self.metrics_port) if port]
         if len(set(given)) < len(given):
             raise ValueError(f"http_port, grpc_port and metrics_port must differ, found {given}")
@@ -72,10 +73,16 @@ class TritonOptions(BaseModel):
 
 
 class TritonLauncher:
-    """Hosts a model of `MODELS` on Triton's Python backend, on CPU."""
+    """Hosts a model of `MODELS` on Triton's Python backend."""
 
     name: ClassVar[str] = "triton"
     Options: type[BaseModel] = TritonOptions
+
+    def check_host(self) -> list[CheckGroup]:
+        """What ``servebench doctor`` shows: Triton by wheel, by local binary, by container."""
+        from .triton_doctor import check_host
+
+        return check_host()
 
     def launch(self, model: str, options: TritonOptions, work_dir: Path) -> TritonServer:
         """Check the machine, start Triton with ``model`` on 127.0.0.1, wait until it is ready.
@@ -83,66 +90,57 @@ class TritonLauncher:
         Writes ``triton.log`` and ``model_repository/`` under ``work_dir``. Call it from the main
         thread: the server ends with the thread that started it. `LaunchError` says what to do.
         """
-        hosted = find_model(model)
+        present = None if options.container is None else container_devices(options.container)
+        hosting = prepare(model, options, server="Triton", present=present)
         ports = choose_ports({"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port})
-        installation = find_installation(options.binary)
-        env = installation.environment(os.environ)
-        check_machine(installation, env, shm_bytes=_shm_bytes(hosted, options))
+        config = model_config(hosting, options)
 
         work_dir.mkdir(parents=True, exist_ok=True)
         work_dir = work_dir.resolve()
-        config = model_config(hosted, options)
         repository = work_dir / "model_repository"
-        weights = write_model(hosted, config, options.weights or hosted.weights_path, repository)
-        backends = installation.backend_directory(work_dir)
+        write_model(hosting, config, repository)
         shm_prefix = new_shm_prefix()
-        command = server_command(
-            installation.server, repository, backends, hosted.name, ports, shm_prefix, options.http_threads
-        )
-        facts = _facts(hosted, options, config, installation, weights)
+        start = _start_process if options.container is None else _start_container
+        process, distribution = start(config, options, repository, ports, shm_prefix)
         server = TritonServer(
-            ServerProcess("triton", command, work_dir / "triton.log", env=env, cpus=options.cpus),
+            process,
             config=config,
-            config_path=repository / hosted.name / "config.pbtxt",
+            config_path=repository / model / "config.pbtxt",
             ports=ports,
             shm_prefix=shm_prefix,
             scratch=work_dir / "backends",
-            facts=facts,
+            facts=_facts(hosting, options, config) | distribution,
         )
         server.wait_ready(options.startup_timeout_s)
         return server
 
 
-def find_model(name: str) -> HostedModel:
-    """The model called ``name``; `LaunchError` lists the known ones when there is none."""
-    if name not in MODELS:
-        raise LaunchError(f"there is no model called {name!r} to host on Triton; known: {', '.join(sorted(MODELS))}")
-    return MODELS[name]
-
-
-def model_config(hosted: HostedModel, options: TritonOptions) -> TritonModelConfig:
-    """Triton's configuration of a model under these options; the parameters are what ``model.py`` reads."""
+def model_config(hosting: Hosting, options: TritonOptions) -> TritonModelConfig:
+    """Triton's configuration of a model under these options; the parameter ``serving`` is what its processes read."""
     return TritonModelConfig(
-        name=hosted.name,
-        inputs=hosted.inputs,
-        outputs=hosted.outputs,
+        name=hosting.model.name,
+        inputs=hosting.model.inputs,
+        outputs=(hosting.model.output,),
         max_batch_size=options.max_batch_size,
         dynamic_batching=options.dynamic_batching,
-        instance_count=options.instance_count,
-        parameters={"weights": hosted.weights_file, "torch_threads": str(options.torch_threads)},
+        instances_per_device=options.instance_count,
+        parameters={"serving": hosting.settings.to_json()},
+        groups=hosting.placement.instance_groups,
+        ragged=hosting.model.pads,
     )
 
 
-def write_model(hosted: HostedModel, config: TritonModelConfig, weights: Path, repository: Path) -> Path:
-    """Put the model into an (else untouched) model repository, version 1; returns where its weights are."""
-    folder = repository / hosted.name
+def write_model(hosting: Hosting, config: TritonModelConfig, repository: Path) -> None:
+    """Put the model into an (else untouched) model repository, version 1."""
+    folder = repository / hosting.model.name
     shutil.rmtree(folder, ignore_errors=True)
     version = folder / "1"
     version.mkdir(parents=True)
     (folder / "config.pbtxt").write_text(config.render(), encoding="utf-8")
-    for name in hosted.serving_files:
-        shutil.copyfile(hosted.folder / name, version / name)
-    return Path(shutil.copyfile(weights, version / hosted.weights_file))
+    for file in hosting.model.serving_files(TRITON_FILES):
+        shutil.copyfile(file, version / file.name)
+    if hosting.weights is not None and hosting.settings.weights is not None:
+        shutil.copyfile(hosting.weights, version / hosting.settings.weights)
 
 
 def server_command(
@@ -177,34 +175,53 @@ def server_command(
     return command
 
 
-def _facts(
-    hosted: HostedModel, options: TritonOptions, config: TritonModelConfig, installation: TritonInstallation, weights: Path
-) -> dict[str, Any]:
+def _start_process(
+    config: TritonModelConfig, options: TritonOptions, repository: Path, ports: Mapping[str, int], shm_prefix: str
+) -> tuple[ServerProcess, dict[str, Any]]:
+    """A Triton of this host, and facts about it."""
+    work_dir = repository.parent
+    installation = find_installation(options.binary)
+    env = installation.environment(os.environ)
+    check_machine(installation, env, shm_bytes=_shm_bytes(config))
+    backends = installation.backend_directory(work_dir)
+    command = server_command(installation.server, repository, backends, config.name, ports, shm_prefix, options.http_threads)
+    process = ServerProcess("triton", command, work_dir / "triton.log", env=env, cpus=options.cpus)
+    return process, {"distribution": installation.label}
+
+
+def _start_container(
+    config: TritonModelConfig, options: TritonOptions, repository: Path, ports: Mapping[str, int], _shm_prefix: str
+) -> tuple[ServerProcess, dict[str, Any]]:
+    """A Triton in a container, and facts about it; it has a /dev/shm of its own."""
+    assert options.container is not None
+    spec = triton_container(
+        options.container, repository, config.name, ports, http_threads=options.http_threads, cpus=options.cpus
+    )
+    process = ContainerProcess("triton", spec, repository.parent / "triton.log")
+    return process, {"distribution": options.container.image, "container": process.describe(), **IMAGES_OWN}
+
+
+def _facts(hosting: Hosting, options: TritonOptions, config: TritonModelConfig) -> dict[str, Any]:
+    cpus = options.cpus or sorted(os.sched_getaffinity(0))
     return {
         "name": "triton",
-        "distribution": installation.label,
-        "model": hosted.name,
-        "weights": {
-            "origin": hosted.weights_origin if options.weights is None else str(options.weights),
-            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        },
-        "device": "cpu",
-        "instance_count": options.instance_count,
+        **hosting.facts(processes=config.instance_count, cpus=len(cpus)),
+        "instance_count": config.instance_count,
         "max_batch_size": options.max_batch_size,
         "dynamic_batching": options.dynamic_batching.model_dump() if options.dynamic_batching else None,
-        "torch_threads": options.torch_threads,
         "http_threads": options.http_threads,
         "cpus": options.cpus,
         "config": config.render(),
-        # The instances run in this interpreter's environment, see TritonInstallation.environment.
-        "torch": installed_version("torch"),
-        "numpy": installed_version("numpy"),
     }
 
 
-def _shm_bytes(hosted: HostedModel, options: TritonOptions) -> int:
-    elements = sum(math.prod(spec.dims) for spec in (*hosted.inputs, *hosted.outputs))
-    return shm_needed_bytes(options.instance_count, options.max_batch_size * elements * _LARGEST_ELEMENT_BYTES)
+def _shm_bytes(config: TritonModelConfig) -> int:
+    """Shared memory for full batches; open axes count as `_ASSUMED_OPEN_SIZE`."""
+    elements = sum(
+        math.prod(_ASSUMED_OPEN_SIZE if size == -1 else size for size in spec.dims)
+        for spec in (*config.inputs, *config.outputs)
+    )
+    return shm_needed_bytes(config.instance_count, config.max_batch_size * elements * _LARGEST_ELEMENT_BYTES)
 
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from .devices import InstanceGroup
 from .models import TensorSpec
 
 
@@ -37,15 +38,22 @@ class DynamicBatching(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class TritonModelConfig:
-    """The settings of one model on Triton's Python backend, on CPU. Dims leave out the batch axis."""
+    """The settings of one model on Triton's Python backend. Dims leave out the batch axis."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
     dynamic_batching: DynamicBatching | None
-    instance_count: int
+    instances_per_device: int
     parameters: Mapping[str, str]
+    groups: tuple[InstanceGroup, ...] = (InstanceGroup("KIND_CPU"),)
+    ragged: bool = False  #: requests of different sizes may share a batch
+
+    @property
+    def instance_count(self) -> int:
+        """Instances on all devices, one process each."""
+        return self.instances_per_device * sum(len(group.gpus) or 1 for group in self.groups)
 
     def render(self) -> str:
         """The ``config.pbtxt`` of this configuration."""
@@ -53,9 +61,9 @@ class TritonModelConfig:
             f"name: {_quoted(self.name)}",
             'backend: "python"',
             f"max_batch_size: {self.max_batch_size}",
-            *(f"input {_tensor(spec)}" for spec in self.inputs),
+            *(f"input {_tensor(spec, ragged=self.ragged)}" for spec in self.inputs),
             *(f"output {_tensor(spec)}" for spec in self.outputs),
-            f"instance_group {{ kind: KIND_CPU count: {self.instance_count} }}",
+            *(f"instance_group {_group(group, self.instances_per_device)}" for group in self.groups),
         ]
         if self.dynamic_batching is not None:
             lines.append(
@@ -72,8 +80,14 @@ class TritonModelConfig:
         batching = reported.get("dynamic_batching")
         pairs: list[tuple[str, Any, Any]] = [
             ("max_batch_size", self.max_batch_size, reported.get("max_batch_size")),
-            ("instance count", self.instance_count, sum(group["count"] for group in groups)),
-            ("instance kind", ["KIND_CPU"], sorted({group["kind"] for group in groups})),
+            # Triton counts per GPU.
+            ("instance count", self.instance_count, sum(group["count"] * len(group.get("gpus") or [0]) for group in groups)),
+            ("instance kind", sorted({group.kind for group in self.groups}), sorted({group["kind"] for group in groups})),
+            (
+                "GPUs",
+                sorted(gpu for group in self.groups for gpu in group.gpus),
+                sorted(gpu for group in groups for gpu in group.get("gpus", [])),
+            ),
             ("dynamic_batching", self.dynamic_batching is not None, batching is not None),
         ]
         if self.dynamic_batching is not None and batching is not None:
@@ -85,9 +99,15 @@ class TritonModelConfig:
         return [f"{what} is {found}, asked for {asked}" for what, asked, found in pairs if found != asked]
 
 
-def _tensor(spec: TensorSpec) -> str:
+def _tensor(spec: TensorSpec, *, ragged: bool = False) -> str:
     kind = "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}"
-    return f"{{ name: {_quoted(spec.name)} data_type: {kind} dims: {list(spec.dims)} }}"
+    sizes = " allow_ragged_batch: true" if ragged and -1 in spec.dims else ""
+    return f"{{ name: {_quoted(spec.name)} data_type: {kind} dims: {list(spec.dims)}{sizes} }}"
+
+
+def _group(group: InstanceGroup, count: int) -> str:
+    gpus = f" gpus: {list(group.gpus)}" if group.gpus else ""
+    return f"{{ kind: {group.kind} count: {count}{gpus} }}"
 
 
 def _quoted(text: str) -> str:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from servebench.errors import LaunchError
 from servebench.launcher import RunningServer
 
+from .container_engine import ContainerError
 from .host import HOST
 from .process import ServerProcess
 from .triton_config import TritonModelConfig
@@ -114,6 +115,8 @@ class TritonServer:
         model_ready = f"/v2/models/{self._config.name}/ready"
         try:
             self._process.wait_ready(lambda: self._says_ready("/v2/health/ready") and self._says_ready(model_ready), deadline_s)
+        except ContainerError:
+            raise
         except LaunchError as error:
             # The process quotes the log's last line; Triton's last *error* says more.
             happened = str(error).partition(": ")[0]

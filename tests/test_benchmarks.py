@@ -4,7 +4,6 @@ import dataclasses
 import http.client
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +18,24 @@ from servebench.errors import RunError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are run from the checkout, they are not installed
 
-from benchmarks import ceiling, ceiling_grpc
-from benchmarks.ceiling import (
-    FLOOR_QPS,
+from benchmarks import ceiling, ceiling_grpc, contest, run_all
+from benchmarks.contest import OURS, Contest, Figures, Goal, Settings, delivered_share, hold
+from benchmarks.nghttpd import NullGrpcServer, find_nghttpd
+from benchmarks.nginx import BINARY_MODEL, INFER_PATH, NullServer, find_nginx, render_config
+from benchmarks.peers.base import Arrivals, PeerProtocol, PeerResult, Progress, Target
+from benchmarks.peers.pingpong import ping_pong_ns
+from benchmarks.peers.query import BODY, HEADERS
+from benchmarks.steps import (
     MAX_TRIES,
     Step,
     climb,
-    floor_line,
     header_line,
+    measure_saturated_qps,
     measure_step,
     step_line,
     step_of,
 )
-from benchmarks.nghttpd import NullGrpcServer, find_nghttpd
-from benchmarks.nginx import INFER_PATH, NullServer, find_nginx, render_config
-from benchmarks.peers import BODY, HEADERS, parse_wrk, ping_pong_ns, wrk_qps
+from benchmarks.verdicts import floor_line, goal_lines
 
 CLEAN = Step(
     target_qps=25_000,
@@ -136,18 +138,21 @@ def measured(answers: dict[float, str]) -> Callable[[float], Step]:
 
 
 @pytest.mark.parametrize(
-    ("answers", "best", "seen"),
+    ("answers", "start", "best", "seen"),
     [
-        pytest.param({10: "c", 20: "c", 30: "xxx", 40: "c"}, 20, [10, 20, 30, 30, 30], id="ends at the first unclean rate"),
-        pytest.param({10: "c", 20: "xxc", 30: "xxx"}, 20, [10, 20, 20, 20, 30, 30, 30], id="the third try counts"),
-        pytest.param({10: "xxx", 20: "c"}, None, [10, 10, 10], id="no rate is clean"),
-        pytest.param({10: "c", 20: "c"}, 20, [10, 20], id="the whole ladder is clean"),
+        pytest.param({10: "c", 20: "c", 30: "xxx", 40: "c"}, 0, 20, [10, 20, 30, 30, 30], id="ends at the first unclean rate"),
+        pytest.param({10: "c", 20: "xxc", 30: "xxx"}, 0, 20, [10, 20, 20, 20, 30, 30, 30], id="the third try counts"),
+        pytest.param({10: "xxx", 20: "c"}, 0, None, [10, 10, 10], id="no rate is clean"),
+        pytest.param({10: "c", 20: "c"}, 0, 20, [10, 20], id="the whole ladder is clean"),
+        pytest.param({10: "", 20: "c", 30: "xxx"}, 1, 20, [20, 30, 30, 30], id="from a rung upwards"),
+        pytest.param({5: "c", 10: "xxc", 20: "xxx", 30: "c"}, 2, 10, [20, 20, 20, 10, 10, 10], id="down if need be"),
+        pytest.param({10: "xxx", 20: "xxx"}, 1, None, [20, 20, 20, 10, 10, 10], id="nothing below is clean either"),
     ],
 )
-def test_the_ladder(answers: dict[float, str], best: float | None, seen: list[float]) -> None:
+def test_the_ladder(answers: dict[float, str], start: int, best: float | None, seen: list[float]) -> None:
     assert MAX_TRIES == 3
     steps: list[Step] = []
-    found = climb(measured(answers), list(answers), steps.append)
+    found = climb(measured(answers), list(answers), steps.append, start=start)
     assert (found and found.target_qps) == best
     assert [step.target_qps for step in steps] == seen
 
@@ -170,53 +175,147 @@ def test_a_step_reads_the_run_document() -> None:
     assert len(header_line("nginx")) - len("clean?") == step_line(step).index("no: ")  # the columns line up, also without a p99
 
 
+# --- contests ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class ScriptedPeer:
+    """A peer whose results are written down; it keeps what it was asked for."""
+
+    arrivals: frozenset[Arrivals]
+    results: list[PeerResult | RunError]
+    asked: list[tuple[Arrivals, float | None]] = dataclasses.field(default_factory=list)
+    name: str = "scripted"
+    protocols: frozenset[PeerProtocol] = frozenset({"kserve-http"})
+
+    def absent(self) -> str | None:
+        return None
+
+    def set_up(self, progress: Progress) -> None:
+        pass
+
+    def run(self, target: Target, *, arrivals: Arrivals, rate_qps: float | None, **_: Any) -> PeerResult:
+        self.asked.append((arrivals, rate_qps))
+        result = self.results.pop(0)
+        if isinstance(result, RunError):
+            raise result
+        return result
+
+
+def peer_result(rate_qps: float, *, errors: int = 0) -> PeerResult:
+    return PeerResult(round(rate_qps * 2), errors, 2.0, rate_qps, None, 1.0, "scripted")
+
+
+def hold_two_rounds(monkeypatch: pytest.MonkeyPatch, peer: ScriptedPeer, lines: list[str]) -> Contest:
+    """A contest in which servebench is clean up to 200/s in round one, 400/s in round two, and saturated at 600/s and 900/s."""
+    clean_to, saturated = iter([200.0, 400.0]), iter([600.0, 900.0])
+    monkeypatch.setattr(contest, "climb", lambda *_, **__: dataclasses.replace(CLEAN, target_qps=next(clean_to)))
+    monkeypatch.setattr(contest, "measure_saturated_qps", lambda *_, **__: next(saturated))
+    settings = Settings(rounds=2, step_s=1, peer_s=2, shares=(0.8, 0.5), ladder_qps=(100, 200, 400), first_rung=1)
+    server: Any = None  # only the patched functions would ask it
+    return hold(server, Target("http://127.0.0.1:1", "null", "/", b""), [peer], [0], settings, say=lines.append)
+
+
+def test_ratios_are_taken_within_rounds_and_rates_are_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = ScriptedPeer(frozenset({"closed"}), [peer_result(100), peer_result(300)])
+    found = hold_two_rounds(monkeypatch, peer, [])
+    clean, saturated = found.ratio("clean", "scripted"), found.ratio("saturated", "scripted")
+    assert clean is not None
+    assert saturated is not None
+    assert (clean.median, clean.lowest, clean.highest) == pytest.approx(((2 + 4 / 3) / 2, 4 / 3, 2))
+    assert (saturated.lowest, saturated.highest) == pytest.approx((3, 6))
+    assert found.clean_qps is not None
+    assert found.clean_qps.median == 300
+    assert found.ratio("clean", "nobody") is None
+    assert "300 (200 - 400)" in contest.table(found)
+
+
+def test_an_open_loop_is_asked_for_falling_shares_of_its_own_saturated_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [
+        peer_result(1000),
+        peer_result(790),  # 98.75 % of 800
+        peer_result(500),
+        peer_result(1000),
+        peer_result(797),  # 99.6 %
+    ]
+    peer = ScriptedPeer(frozenset({"closed", "poisson", "constant"}), list(results))
+    found = hold_two_rounds(monkeypatch, peer, [])
+    assert peer.asked == [("closed", None), ("constant", 800), ("constant", 500), ("closed", None), ("constant", 800)]
+    assert found.figures["scripted"].open_qps == {0: 500, 1: 800}
+
+
+def test_a_peer_that_fails_loses_its_round_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    peer = ScriptedPeer(frozenset({"closed"}), [RunError("no luck"), peer_result(100, errors=3)])
+    found = hold_two_rounds(monkeypatch, peer, lines)
+    assert found.ratio("clean", "scripted") is None
+    assert found.figures["scripted"].errors == 3
+    assert "  scripted: no luck" in lines
+    assert any("3 of its queries failed" in line for line in lines)
+    assert len(found.figures[OURS].open_qps) == 2
+
+
+@pytest.mark.parametrize(
+    ("result", "share"),
+    [
+        pytest.param(PeerResult(1000, 0, 2.05, 487.8, None, 1, ""), 1.0, id="the last replies take a while"),
+        pytest.param(PeerResult(1000, 0, 2.5, 400, None, 1, ""), 0.8, id="late by half a second is late"),
+        pytest.param(PeerResult(800, 0, 1.6, 500, None, 1, ""), 1.0, id="a tool that measures less than asked"),
+        pytest.param(PeerResult(900, 0, 2.0, 450, None, 1, ""), 0.9, id="a tenth is missing"),
+    ],
+)
+def test_what_an_open_loop_delivers(result: PeerResult, share: float) -> None:
+    assert delivered_share(result, 500, 2.0) == pytest.approx(share)
+
+
 # --- exit codes -------------------------------------------------------------------------
+
+
+def contest_of(clean_qps: float | None, saturated_qps: float, peers: dict[str, float]) -> Contest:
+    found = Contest()
+    found.figures[OURS] = Figures({0: saturated_qps}, {} if clean_qps is None else {0: clean_qps})
+    for name, rate_qps in peers.items():
+        found.figures[name] = Figures({0: rate_qps})
+    return found
 
 
 @pytest.mark.parametrize(
     ("rate_qps", "code", "words"),
     [
-        pytest.param(FLOOR_QPS, 0, "Floor met: highest clean rate 25,000/s", id="the floor itself is enough"),
-        pytest.param(FLOOR_QPS - 1, 1, "Floor NOT met: highest clean rate 24,999/s", id="less is not"),
-        pytest.param(None, 1, "Floor NOT met: no rate was clean", id="nothing was clean"),
+        pytest.param(25_000, 0, "Floor met: highest clean rate 25,000/s", id="the floor itself is enough"),
+        pytest.param(24_999, 1, "Floor NOT met: highest clean rate 24,999/s", id="less is not"),
+        pytest.param(0, 1, "Floor NOT met: no rate was clean", id="nothing was clean"),
+        pytest.param(None, 1, "Floor NOT met: no rate was clean", id="nothing was measured"),
     ],
 )
 def test_the_floor_decides_the_exit_code(rate_qps: int | None, code: int, words: str) -> None:
-    best = None if rate_qps is None else dataclasses.replace(CLEAN, target_qps=rate_qps)
-    assert floor_line(best).startswith(words)
-    assert ceiling.exit_code(best) == code
+    found = contest_of(rate_qps, 30_000, {})
+    assert floor_line(found, ceiling.FLOOR_QPS).startswith(words)
+    assert ceiling.exit_code(found, quick=False) == code
+
+
+@pytest.mark.parametrize(
+    ("peers", "code"),
+    [
+        pytest.param({"aiohttp": 10_000, "locust": 10_000, "wrk": 120_000}, 0, id="every ratio at its floor"),
+        pytest.param({"aiohttp": 10_001, "locust": 10_000, "wrk": 120_000}, 1, id="one below"),
+        pytest.param({"wrk": 120_001}, 1, id="too far behind wrk"),
+        pytest.param({}, 0, id="no peers, nothing to compare with"),
+    ],
+)
+def test_a_quick_run_is_judged_by_ratios_alone(peers: dict[str, float], code: int) -> None:
+    assert ceiling.exit_code(contest_of(0, 30_000, peers), quick=True) == code
 
 
 def test_without_nginx_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ceiling, "find_nginx", lambda: None)
-    assert ceiling.main() == 2
+    assert ceiling.main([]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert "apt install nginx-light" in err
-
-
-# --- the peers --------------------------------------------------------------------------
-
-
-def test_wrk_rates_are_requests_over_time() -> None:
-    output = "Running 3s test\n  1 threads and 16 connections\nRequests/sec: 211302.26\nRESULT 655037 3100000 0\n"
-    assert parse_wrk(output) == pytest.approx(655_037 / 3.1)
-
-
-@pytest.mark.parametrize(
-    "output",
-    [
-        pytest.param("RESULT 655037 3100000 12\n", id="requests failed"),
-        pytest.param("unable to connect to 127.0.0.1:1 Connection refused\n", id="no server"),
-        pytest.param("", id="nothing"),
-    ],
-)
-def test_a_wrk_that_failed_is_no_rate(output: str) -> None:
-    with pytest.raises(RunError, match="wrk did not measure"):
-        parse_wrk(output)
 
 
 # --- for real ---------------------------------------------------------------------------
@@ -246,15 +345,20 @@ def test_a_real_step_against_nginx() -> None:
         reply = connection.getresponse()
         assert reply.status == 200
         assert InferResult.from_response_body(reply.read()).as_numpy("OUTPUT").tolist() == [[0.0, 1.0, 2.0, 3.0]]
+        connection.request("POST", INFER_PATH.replace("null", BINARY_MODEL), BODY, dict(HEADERS))
+        reply = connection.getresponse()
+        length = int(reply.headers["Inference-Header-Content-Length"])
+        binary = InferResult.from_response_body(reply.read(), header_length=length).as_numpy("OUTPUT")
+        assert binary.tobytes() == b"abcd" * 4
         connection.close()
+
+        # Overloaded, it still gets answers, and no more than were due.
+        assert 1000 < measure_saturated_qps(server, cpus[-1:], duration_s=0.5) < 250_000
 
         before = psutil.Process().cpu_affinity()
         times_ns = ping_pong_ns(server.url, cpus[-1:], rate_qps=1000, duration_s=0.1)
         assert len(times_ns) == pytest.approx(100, abs=60)  # six standard deviations
         assert min(times_ns) > 1000  # no loopback is that fast
-        wrk = shutil.which("wrk")
-        if wrk is not None:
-            assert wrk_qps(wrk, server.url, cpus[-1:], duration_s=1) > 100
         assert psutil.Process().cpu_affinity() == before
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
@@ -263,22 +367,20 @@ def test_a_real_step_against_nginx() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wire_qps", "reference_qps", "code", "words"),
+    ("clean_qps", "peer_qps", "code", "words"),
     [
-        pytest.param(30_000, 10_000, 0, "Floor met: 3.0 times", id="both floors just met"),
-        pytest.param(29_000, 10_000, 1, "Floor NOT met: 2.9 times", id="ratio too small"),
-        pytest.param(19_000, 1_000, 1, "Floor met: 19.0 times", id="rate too small"),
-        pytest.param(None, 1_000, 1, "No ratio", id="ours had no clean rate"),
-        pytest.param(50_000, None, 1, "No ratio", id="the reference had none"),
+        pytest.param(30_000, 10_000, 0, "Floor met: our clean rate is 3.00 times", id="both floors just met"),
+        pytest.param(29_000, 10_000, 1, "Floor NOT met: our clean rate is 2.90 times", id="ratio too small"),
+        pytest.param(19_000, 1_000, 1, "Floor met: our clean rate is 19.00 times", id="rate too small"),
+        pytest.param(0, 1_000, 1, "Floor NOT met: our clean rate is 0.00 times", id="ours had no clean rate"),
+        pytest.param(50_000, None, 1, "Floor not measured: grpc.aio did not run", id="the peer did not run"),
     ],
 )
-def test_the_grpc_floors_decide_the_exit_code(wire_qps: int | None, reference_qps: int | None, code: int, words: str) -> None:
-    best = {
-        client: None if qps is None else dataclasses.replace(CLEAN, target_qps=qps)
-        for client, qps in (("wire", wire_qps), ("grpcio", reference_qps))
-    }
-    assert ceiling_grpc.exit_code(best) == code
-    assert ceiling_grpc.ratio_line(best).startswith(words)
+def test_the_grpc_floors_decide_the_exit_code(clean_qps: int, peer_qps: int | None, code: int, words: str) -> None:
+    found = contest_of(clean_qps, 60_000, {} if peer_qps is None else {"grpc.aio": peer_qps})
+    assert ceiling_grpc.exit_code(found, quick=False) == code
+    (line,) = goal_lines(found, [Goal("clean", "grpc.aio", 3.0)], "Floor")
+    assert line.startswith(words)
 
 
 @pytest.mark.load
@@ -291,3 +393,27 @@ def test_real_steps_against_nghttpd() -> None:
             step = measure_step(server, cpus[-1:], 500, duration_s=1, transport=transport)
             assert (step.target_qps, step.not_ok) == (500, 0)
             assert step.planned == pytest.approx(500, rel=0.2)
+
+
+# --- all of them ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        pytest.param([0, 0], 0, id="all passed"),
+        pytest.param([0, 2], 0, id="one left out"),
+        pytest.param([2, 2], 2, id="none could run"),
+        pytest.param([0, 1], 1, id="one failed"),
+        pytest.param([2, -9], 1, id="one was killed"),
+    ],
+)
+def test_what_all_benchmarks_come_to(codes: list[int], code: int) -> None:
+    assert run_all.exit_code([run_all.Ran("x", one, 1.0, None) for one in codes]) == code
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_all.main(["ceilling"])
+    assert caught.value.code == 2
+    assert "ceiling, ceiling_grpc" in capsys.readouterr().err

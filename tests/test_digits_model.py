@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import sys
-import types
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +15,12 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from servebench_servers.models import MODELS
 from servebench_servers.models.digits import DIGITS, SEED
+from servebench_servers.models.hosted import Settings
 
 torch = pytest.importorskip("torch")
 datasets = pytest.importorskip("sklearn.datasets")
 network = importlib.import_module("servebench_servers.models.digits.network")
+torch_model = importlib.import_module("servebench_servers.models.serving.torch_model")
 train = importlib.import_module("servebench_servers.models.digits.train")
 
 
@@ -33,6 +32,11 @@ def shipped(name: str) -> dict[str, NDArray[Any]]:
 IMAGES = shipped("heldout.npz")["IMAGE"]
 GOLDEN = shipped("golden.npz")["LOGITS"]
 LABELS = shipped("labels.npz")["LABEL"]
+
+
+def loaded(path: Path) -> Any:
+    settings = Settings("digits", DIGITS.inputs, DIGITS.output, uses_torch=True, pads=False, weights=path.name)
+    return torch_model.load_network(network.build, settings, path.parent)
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +53,10 @@ def test_shipped_arrays_are_what_profiles_expect() -> None:
     assert list(shipped("heldout.npz")) == ["IMAGE"]
     assert list(shipped("golden.npz")) == ["LOGITS"]
     assert (IMAGES.shape, IMAGES.dtype) == ((360, *DIGITS.inputs[0].dims), np.float32)
-    assert (GOLDEN.shape, GOLDEN.dtype) == ((360, *DIGITS.outputs[0].dims), np.float32)
+    assert (GOLDEN.shape, GOLDEN.dtype) == ((360, *DIGITS.output.dims), np.float32)
     assert (LABELS.shape, LABELS.dtype) == ((360,), np.int64)
     assert MODELS["digits"] is DIGITS
-    assert DIGITS.weights_path.stat().st_size < 500_000
+    assert DIGITS.weights_path is not None and DIGITS.weights_path.stat().st_size < 500_000
 
 
 def test_held_out_images_are_scikit_learns_with_their_labels() -> None:
@@ -78,7 +82,7 @@ def test_split_loses_and_repeats_no_image() -> None:
 
 def test_shipped_weights_give_the_golden_logits_and_read_digits() -> None:
     with torch.inference_mode():
-        logits = network.load_network(DIGITS.weights_path)(torch.from_numpy(IMAGES)).numpy()
+        logits = loaded(DIGITS.weights_path)(torch.from_numpy(IMAGES)).numpy()
     np.testing.assert_allclose(logits, GOLDEN, rtol=1e-3, atol=1e-4)
     assert (logits.argmax(axis=1) == LABELS).mean() > 0.97
 
@@ -90,7 +94,7 @@ def test_the_training_command_makes_such_a_network_again(tmp_path: Path) -> None
     with np.load(tmp_path / "heldout.npz") as file:
         np.testing.assert_array_equal(file["IMAGE"], IMAGES)
     with torch.inference_mode():
-        logits = network.load_network(tmp_path / "weights.pt")(torch.from_numpy(IMAGES)).numpy()
+        logits = loaded(tmp_path / "weights.pt")(torch.from_numpy(IMAGES)).numpy()
     share = (logits.argmax(axis=1) == LABELS).mean()
     assert share > 0.97
     assert f"{share:.2%} of 360" in result.output
@@ -111,64 +115,9 @@ def test_weights_of_something_else_are_refused_and_never_executed(tmp_path: Path
     for content in (b"", b"not weights", DIGITS.weights_path.read_bytes()[:1000]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"weights\.pt does not hold the digits network's weights"):
-            network.load_network(path)
+            loaded(path)
     for value in (torch.nn.Linear(2, 2).state_dict(), [1, 2], Harmful(harm)):
         torch.save(value, path)
         with pytest.raises(ValueError, match="does not hold the digits"):
-            network.load_network(path)
+            loaded(path)
     assert not harm.exists()
-
-
-class FakeTensor:
-    def __init__(self, name: str, array: NDArray[Any]) -> None:
-        self.name = name
-        self.array = array
-
-    def as_numpy(self) -> NDArray[Any]:
-        return self.array
-
-
-@pytest.fixture
-def backend_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """model.py as Triton's stub imports it, with the stub's module played by lists and tuples."""
-    pb_utils: Any = types.ModuleType("triton_python_backend_utils")
-    pb_utils.get_input_tensor_by_name = lambda request, name: request[name]
-    pb_utils.Tensor = FakeTensor
-    pb_utils.InferenceResponse = lambda tensors: {tensor.name: tensor.array for tensor in tensors}
-    pb_utils.Logger = types.SimpleNamespace(log_info=lambda text: None)
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb_utils)
-    name = "servebench_servers.models.digits.model"
-    yield importlib.import_module(name)
-    del sys.modules[name]
-
-
-def initialize_arguments(threads: int = 1) -> dict[str, str]:
-    parameters = {"torch_threads": {"string_value": str(threads)}, "weights": {"string_value": "weights.pt"}}
-    return {
-        "model_config": json.dumps({"parameters": parameters}),
-        "model_repository": str(DIGITS.folder.parent),
-        "model_version": DIGITS.folder.name,
-        "model_instance_name": "digits_0_0",
-    }
-
-
-def test_requests_of_one_batch_each_get_their_own_rows(backend_model: Any) -> None:
-    model = backend_model.TritonPythonModel()
-    model.initialize(initialize_arguments())
-    bounds = [(0, 1), (1, 4), (4, 20)]
-    answers = model.execute([{"IMAGE": FakeTensor("IMAGE", IMAGES[start:end])} for start, end in bounds])
-    assert len(answers) == 3
-    for (start, end), answer in zip(bounds, answers, strict=True):
-        assert list(answer) == ["LOGITS"]
-        np.testing.assert_allclose(answer["LOGITS"], GOLDEN[start:end], rtol=1e-3, atol=1e-4)
-
-
-def test_threads_come_from_the_configuration(backend_model: Any) -> None:
-    backend_model.TritonPythonModel().initialize(initialize_arguments(threads=2))
-    assert torch.get_num_threads() == 2
-
-
-def test_numpy_2_is_refused_in_the_serving_process(backend_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(np, "__version__", "2.0.0")
-    with pytest.raises(RuntimeError, match="needs numpy<2"):
-        backend_model.TritonPythonModel().initialize(initialize_arguments())

@@ -13,24 +13,40 @@ PACKAGES = {"servebench": ROOT / "servebench", "servebench_servers": ROOT / "ser
 
 #: Group -> what it may import besides itself, `ANYWHERE`, and what is not ours.
 ANYWHERE = ("servebench", "servebench.errors", "servebench.clock")
-_MEASURING = ("wire", "load", "transport", "engine")
+_MEASURING = ("wire", "load", "transport", "control", "engine")
 MAY_IMPORT = {
     "__init__": (),
     "errors": (),
     "clock": (),
     "constraint": (),
     "launcher": (),
+    "hostcheck": (),
     "profile": ("constraint",),
     "protos": (),
     "wire": ("protos",),
     "load": ("profile", "wire.tensors"),
     "record": (),
     "transport": ("protos", "wire", "record.outcome"),
-    "engine": ("profile", "launcher", "load", "wire", "transport", "record"),
+    "control": ("protos", "wire", "transport.grpcio_client", "record.outcome"),
+    "engine": ("profile", "launcher", "load", "wire", "transport", "control", "record"),
     "judge": ("constraint", "record"),
     "report": ("judge", "record"),
-    "cli": ("protos", "constraint", "profile", "launcher", "load", "wire", "transport", "engine", "record", "judge", "report"),
-    "servers": ("launcher", "protos"),
+    "cli": (
+        "protos",
+        "constraint",
+        "profile",
+        "launcher",
+        "load",
+        "wire",
+        "transport",
+        "engine",
+        "record",
+        "judge",
+        "report",
+        "doctor",
+    ),
+    "doctor": ("hostcheck", "launcher", "record.environment"),
+    "servers": ("launcher", "hostcheck", "protos"),
 }
 #: Group -> modules of others that it never imports: pure code knows no time, no sockets and no event loop.
 _IMPURE = ("asyncio", "socket", "time", "ssl", "select", "selectors", "uvloop", "servebench.clock")

@@ -12,9 +12,6 @@ from servebench.launcher import RunningServer, find_launcher
 from servebench.profile import load_profile
 from servebench.record.outcome import Outcome
 
-# A neighbour's burst on a shared machine can fail a comparison with theory once; a fault of ours fails it every time.
-pytestmark = pytest.mark.flaky(reruns=2)
-
 REFERENCE = {"http": "aiohttp", "grpc": "grpcio"}
 
 

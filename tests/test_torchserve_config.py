@@ -47,7 +47,7 @@ def config(**changes: Any) -> TorchServeConfig:
         "token_auth": False,
         "model_api": False,
         "oip": False,
-        "handler": {"weights": "weights.pt", "torch_threads": 1},
+        "handler": {"serving": "{}"},
     }
     return TorchServeConfig(**(settings | changes))
 
@@ -143,7 +143,7 @@ def test_model_config_as_yaml() -> None:
         "responseTimeout": 30,
         "startupTimeout": 60,
         "deviceType": "cpu",
-        "handler": {"weights": "weights.pt", "torch_threads": 1},
+        "handler": {"serving": "{}"},
     }
 
 

@@ -80,7 +80,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 def test_unknown_model_lists_the_known_ones(tmp_path: Path) -> None:
     text = refusal(lambda: TorchServeLauncher().launch("resnet", TorchServeOptions(), tmp_path))
-    assert "'resnet'" in text and "known: digits" in text
+    assert "'resnet'" in text and "known: bert, delay, digits" in text
 
 
 def test_torchserve_missing_or_something_else_of_that_name(tmp_path: Path) -> None:
@@ -439,13 +439,13 @@ def test_every_form_of_request(server: TorchServeServer, heldout: dict[str, NDAr
 @pytest.mark.torchserve
 def test_a_bad_request_is_refused_over_both_protocols(server: TorchServeServer) -> None:
     status, reply = ask(server.urls["http"], "POST", "/predictions/digits", b"short", RAW)
-    assert status == 400 and b"5 bytes are no images" in reply
+    assert status == 400 and b"5 bytes are not rows of 256 bytes" in reply
 
     grpc = pytest.importorskip("grpc")
     with pytest.raises(grpc.RpcError) as caught:
         grpc_predict(server, b"short")
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "5 bytes are no images" in caught.value.details()
+    assert "5 bytes are not rows of 256 bytes" in caught.value.details()
 
 
 def grpc_call(server: TorchServeServer, method: str, request: Any, reply: Any, metadata: Any = ()) -> Any:
@@ -522,7 +522,8 @@ def test_description_agrees_with_the_server_and_the_files(server: TorchServeServ
     assert (described["batchSize"], described["maxBatchDelay"], len(described["workers"])) == (8, 20, 1)
     log = server.log_path.read_text()
     # The handler's own words: torch and numpy are what it runs, not what we believe.
-    assert f"torch {facts['torch']} with 1 thread(s), numpy {facts['numpy']}, Python environment {sys.prefix}" in log
+    computing = f"torch {facts['torch']} on cpu in fp32 with 1 thread(s)"
+    assert f"{computing}, numpy {facts['numpy']}, Python environment {sys.prefix}" in log
     assert f"Torchserve version: {facts['version']}" in log
     assert "Max heap size: 256 M" in log
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from servebench_servers.devices import InstanceGroup
 from servebench_servers.models import TensorSpec
 from servebench_servers.triton_config import DynamicBatching, TritonModelConfig
 
@@ -29,7 +30,7 @@ def config(**changes: Any) -> TritonModelConfig:
         "outputs": (LOGITS,),
         "max_batch_size": 16,
         "dynamic_batching": DynamicBatching(max_queue_delay_us=500),
-        "instance_count": 2,
+        "instances_per_device": 2,
         "parameters": {},
     }
     return TritonModelConfig(**(settings | changes))
@@ -51,7 +52,22 @@ def as_triton_reads(rendered: str) -> dict[str, Any]:
     ("changes", "expected"),
     [
         pytest.param({"max_batch_size": 1}, {"max_batch_size": 1}, id="no server-side batch"),
-        pytest.param({"instance_count": 3}, {"instance_group": [{"count": 3, "kind": "KIND_CPU"}]}, id="three instances"),
+        pytest.param({"instances_per_device": 3}, {"instance_group": [{"count": 3, "kind": "KIND_CPU"}]}, id="three instances"),
+        pytest.param(
+            {"groups": (InstanceGroup("KIND_GPU", (0, 2)),)},
+            {"instance_group": [{"count": 2, "kind": "KIND_GPU", "gpus": [0, 2]}]},
+            id="on two GPUs",
+        ),
+        pytest.param(
+            {"groups": (InstanceGroup("KIND_MODEL"),) * 2},
+            {"instance_group": [{"count": 2, "kind": "KIND_MODEL"}] * 2},
+            id="on two devices that Triton does not know",
+        ),
+        pytest.param(
+            {"inputs": (TensorSpec("TOKENS", "INT64", (-1,)),), "ragged": True},
+            {"input": [{"name": "TOKENS", "data_type": "TYPE_INT64", "dims": ["-1"], "allow_ragged_batch": True}]},
+            id="requests of different sizes together",
+        ),
         pytest.param({"dynamic_batching": None}, {"dynamic_batching": None}, id="no dynamic batching"),
         pytest.param({"dynamic_batching": DynamicBatching()}, {"dynamic_batching": {}}, id="batching without a delay"),
         pytest.param(

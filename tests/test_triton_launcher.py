@@ -80,7 +80,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 def test_unknown_model_lists_the_known_ones(tmp_path: Path) -> None:
     text = refusal(lambda: TritonLauncher().launch("resnet", TritonOptions(), tmp_path))
-    assert "'resnet'" in text and "known: digits" in text
+    assert "'resnet'" in text and "known: bert, delay, digits" in text
 
 
 def make_wheel(site_packages: Path, *versions: str) -> Path:
@@ -468,7 +468,7 @@ def test_description_agrees_with_the_server_and_the_files(server: TritonServer, 
     assert client.get_model_config("digits")["dynamic_batching"]["max_queue_delay_microseconds"] == 20_000
     # The log line is the instance's own: torch and numpy are what it runs, not what we believe.
     assert (
-        f"torch {facts['torch']} with 1 thread(s), numpy {facts['numpy']}, Python environment {sys.prefix}"
+        f"torch {facts['torch']} on cpu in fp32 with 1 thread(s), numpy {facts['numpy']}, Python environment {sys.prefix}"
         in server.log_path.read_text()
     )
 

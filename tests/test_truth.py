@@ -23,17 +23,18 @@ from servebench.clock import now_ns
 from servebench.record.outcome import Outcome
 from servebench.record.rundata import RunData
 
-# A neighbour's burst on a shared machine can fail a comparison with theory once; a fault of ours fails it every time.
-pytestmark = [pytest.mark.load, pytest.mark.flaky(reruns=2)]
+pytestmark = pytest.mark.load
 
 MEAN_MS = 2.0
 LOADED_QPS = 350.0  # 70 % of the server's capacity
 CONSTRAINTS = ["p99 <= 500ms"]
 MAX_MEDIAN_ERROR_NS = 150_000
 MAX_P99_ERROR = 0.05
-MAX_TRIES = 2
+MAX_TRIES = 5
 #: What client or stub may be late by at their 99th percentile, for a run to be compared with theory.
-MAX_DISTURBANCE_NS = 1_500_000
+MAX_DISTURBANCE_NS = 600_000
+#: And what either may be late by at most: while one stands still for 10 ms, a queue grows that lasts for 30 ms.
+MAX_PAUSE_NS = 5_000_000
 
 Times = npt.NDArray[np.int64]
 
@@ -98,12 +99,12 @@ def loaded_run(
             stamps = np.load(io.BytesIO(urlopen(f"{server.urls['http']}/stub/stamps?format=npy").read()))
         late_ns = np.sort(stamps["departure_ns"] - stamps["due_ns"])
         # A narrow client is late by design: there the stub alone tells.
-        delay_ns = 0 if client else document["issue_delay"]["percentiles"]["99"]
-        if max(delay_ns, late_ns[int(0.99 * len(late_ns))]) <= MAX_DISTURBANCE_NS:
+        delay = {"max_ns": 0, "percentiles": {"99": 0}} if client else document["issue_delay"]
+        disturbance_ns = max(delay["percentiles"]["99"], late_ns[int(0.99 * len(late_ns))])
+        if disturbance_ns <= MAX_DISTURBANCE_NS and max(delay["max_ns"], late_ns[-1]) <= MAX_PAUSE_NS:
             return data
-    pytest.skip(
-        f"the machine is too busy to compare with theory: {MAX_TRIES} tries had 1 % of events over {MAX_DISTURBANCE_NS} ns late"
-    )
+    limits = f"1 % of events over {MAX_DISTURBANCE_NS} ns late, or one over {MAX_PAUSE_NS} ns"
+    pytest.fail(f"the machine is too busy to compare with theory: each of {MAX_TRIES} tries had {limits}")
 
 
 def narrow(protocol: str, width: int) -> dict[str, Any]:

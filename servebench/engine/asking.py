@@ -1,68 +1,93 @@
-"""What a run asks the server before it starts: what the model takes, and whether it answers at all."""
+"""Whom a run, or ``servebench serve``, asks about a server: the control plane of its kind.
+
+A control plane is opened for the questions at hand and closed again: while a run measures, nothing but its queries is open.
+"""
 
 from __future__ import annotations
 
-from servebench.engine.dialect import GRPC_EXTRA, http_target
-from servebench.engine.preparation import Preparation
-from servebench.errors import ProfileError, TransportError
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, TypeAlias
+
+from servebench.control.kserve import KServeControl
+from servebench.control.torchserve import TorchServeControl
+from servebench.engine.dialect import GRPC_EXTRA
+from servebench.errors import ProfileError
 from servebench.launcher import RunningServer
 from servebench.profile import Profile
-from servebench.transport.control import Discovery, discover
-from servebench.transport.control_torchserve import discover_torchserve, probe
 from servebench.transport.factory import ssl_context
+
+if TYPE_CHECKING:
+    from servebench.control.kserve_grpc import KServeGrpcControl
+
+    AnyControl: TypeAlias = KServeControl | KServeGrpcControl | TorchServeControl
 
 Headers = list[tuple[str, str]]
 
 
-async def discover_model(profile: Profile, url: str, headers: Headers, server: RunningServer | None) -> Discovery:
-    """The server's and the model's description, over the profile's protocol. `TransportError` when there is none."""
+@contextlib.asynccontextmanager
+async def control_of_run(
+    profile: Profile, url: str, headers: Headers, server: RunningServer | None
+) -> AsyncIterator[AnyControl | None]:
+    """The control plane of a profile's protocol; None for a TorchServe elsewhere, unless its `management_url` is given.
+
+    `ProfileError` when its token's environment variable is not set.
+    """
+    control = _choose(profile, url, headers, server)
+    try:
+        yield control
+    finally:
+        if control is not None:
+            await control.close()
+
+
+@contextlib.asynccontextmanager
+async def control_of_server(server: RunningServer) -> AsyncIterator[AnyControl]:
+    """The control plane of a server that we launched, whatever its protocols: see `RunningServer.urls`."""
+    urls, metrics_url, tls = server.urls, server.urls.get("metrics"), ssl_context(None, verify=True)
+    control: AnyControl
+    if "management" in urls:
+        token = server.tokens.get("management")
+        control = TorchServeControl(urls["management"], token=token, ssl_context=tls, metrics_url=metrics_url)
+    elif "http" in urls:
+        control = KServeControl(urls["http"], headers={}, ssl_context=tls, metrics_url=metrics_url)
+    else:
+        control = _over_grpc(urls["grpc"], [], None)
+    try:
+        yield control
+    finally:
+        await control.close()
+
+
+def _choose(profile: Profile, url: str, headers: Headers, server: RunningServer | None) -> AnyControl | None:
     endpoint = profile.endpoint
     ca_file = str(endpoint.ca_file) if endpoint.ca_file else None
-    if endpoint.protocol == "kserve-http":
-        tls = ssl_context(ca_file, verify=endpoint.verify_tls)
-        return await discover(url, endpoint.model, endpoint.version, headers=dict(headers), ssl_context=tls)
     if endpoint.protocol == "kserve-grpc":
-        try:
-            from servebench.transport.control_grpc import discover_grpc
-        except ImportError:
-            raise ProfileError(f"endpoint.protocol: {endpoint.protocol} {GRPC_EXTRA}") from None
-        return await discover_grpc(url, endpoint.model, endpoint.version, metadata=headers, ca_file=ca_file)
-    management_url = server.urls.get("management") if server is not None else None
-    token = server.tokens.get("management") if server is not None else None
-    return await discover_torchserve(management_url, endpoint.model, endpoint.version, token=token)
+        return _over_grpc(url, headers, ca_file)
+    tls = ssl_context(ca_file, verify=endpoint.verify_tls)
+    if endpoint.protocol == "kserve-http":
+        return KServeControl(url, headers=dict(headers), ssl_context=tls)
+    if server is not None:
+        management_url, token = server.urls.get("management"), server.tokens.get("management")
+    else:
+        management_url, token = profile.server.management_url, _management_token(profile)
+    return None if management_url is None else TorchServeControl(management_url, token=token, ssl_context=tls)
 
 
-async def probe_model(profile: Profile, preparation: Preparation, url: str, headers: Headers) -> None:
-    """Send the first sample once where the server could not be asked about the model; `TransportError` if it is refused."""
-    endpoint, protocol = profile.endpoint, preparation.protocol
-    if not endpoint.protocol.startswith("torchserve"):
-        return
+def _management_token(profile: Profile) -> str | None:
+    name = profile.server.management_token_env
+    if name is None:
+        return None
+    token = os.environ.get(name)
+    if not token:
+        raise ProfileError(f"server.management_token_env: the environment variable {name} is not set")
+    return token
+
+
+def _over_grpc(url: str, headers: Headers, ca_file: str | None) -> KServeGrpcControl:
     try:
-        query = protocol.encode(preparation.library.arrays(0))
-    except ValueError as error:
-        raise ProfileError(f"samples: {error}") from None
-    ca_file = str(endpoint.ca_file) if endpoint.ca_file else None
-    if protocol.framing == "http1":
-        tls = ssl_context(ca_file, verify=endpoint.verify_tls)
-        await probe(url, http_target(url, protocol), query.body, dict([*query.headers, *headers]), tls)
-        return
-    import grpc
-
-    from servebench.transport.control_grpc import call, grpc_channel
-
-    async with grpc_channel(url, ca_file) as channel:
-        try:
-            await call(channel, protocol.target, query.body, headers)
-        except grpc.aio.AioRpcError as error:
-            code = error.code()
-            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise TransportError(f"{url}: cannot be reached: {error.details()}") from None
-            if code in (
-                grpc.StatusCode.NOT_FOUND,
-                grpc.StatusCode.INVALID_ARGUMENT,
-                grpc.StatusCode.PERMISSION_DENIED,
-                grpc.StatusCode.UNAUTHENTICATED,
-                grpc.StatusCode.UNIMPLEMENTED,
-            ):
-                refusal = f"{code.name}: {error.details()}"
-                raise TransportError(f"endpoint: the server at {url} refuses the first sample: {refusal}") from None
+        from servebench.control.kserve_grpc import KServeGrpcControl
+    except ImportError:
+        raise ProfileError(f"endpoint.protocol: kserve-grpc {GRPC_EXTRA}") from None
+    return KServeGrpcControl(url, metadata=headers, ca_file=ca_file)

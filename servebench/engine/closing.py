@@ -21,7 +21,7 @@ def merge_errors(ends: list[WorkerEnd], workers: int) -> list[dict[str, Any]]:
         for error in end.errors:
             detail = error["detail"]
             if error["example_reply"]:
-                detail = f"{detail}: {_server_words(error['example_reply'].encode('latin-1'))}"
+                detail = f"{detail}: {server_words(error['example_reply'].encode('latin-1'))}"
             entry = merged.setdefault(
                 (error["kind"], error["detail"]),
                 {
@@ -35,7 +35,8 @@ def merge_errors(ends: list[WorkerEnd], workers: int) -> list[dict[str, Any]]:
     return sorted(merged.values(), key=lambda entry: -entry["count"])
 
 
-def _server_words(reply: bytes) -> str:
+def server_words(reply: bytes) -> str:
+    """The error message in a raw HTTP reply, or in what is left of one; one line."""
     try:
         _, _, body = parse_reply(reply)
     except ProtocolFault:

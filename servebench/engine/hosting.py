@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,27 @@ def launched(launcher: Launcher, model: str, options: BaseModel | None, folder: 
         if server is not None:
             server.stop()
         _keep_files(server, work, folder)
+
+
+@contextlib.contextmanager
+def interrupting(*signals: signal.Signals) -> Iterator[None]:
+    """Let signals unwind like Ctrl-C where no event loop handles them (while a server starts or stops).
+
+    A signal that is ignored already stays so: whoever ignores the end of a terminal does it on purpose.
+    """
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in signals}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _keep_files(server: RunningServer | None, work: Path, folder: Path) -> None:

@@ -94,7 +94,26 @@ def create_columns(profile: Profile, preparation: Preparation, directory: RunDir
                 raise RunError(f"{path}: cannot reserve the records ({needed:,} bytes): {error.strerror}") from None
             columns.array("scheduled_ns")[:] = share
             columns.array("sample")[:] = sample_index[worker::workers]
+            columns.release(0, len(share))
     return [len(plan.offsets_ns[worker::workers]) for worker in range(workers)]
+
+
+def transport_settings(
+    profile: Profile, preparation: Preparation, url: str, headers: list[tuple[str, str]]
+) -> TransportSettings:
+    """How queries reach the server."""
+    client, endpoint = profile.client, profile.endpoint
+    return TransportSettings(
+        client=client.transport,
+        url=url,
+        target=preparation.protocol.target,
+        metadata=headers,
+        max_connections=client.max_connections,
+        channels=client.channels,
+        timeout_ns=round(profile.load.timeout_s * 1e9),
+        ca_file=str(endpoint.ca_file) if endpoint.ca_file else None,
+        verify_tls=endpoint.verify_tls,
+    )
 
 
 def worker_settings(
@@ -106,18 +125,8 @@ def worker_settings(
     requests_fd: int,
 ) -> list[WorkerSettings]:
     """What each worker is told."""
-    client, load, endpoint = profile.client, profile.load, profile.endpoint
-    transport = TransportSettings(
-        client=client.transport,
-        url=url,
-        target=preparation.protocol.target,
-        metadata=headers,
-        max_connections=client.max_connections,
-        channels=client.channels,
-        timeout_ns=round(load.timeout_s * 1e9),
-        ca_file=str(endpoint.ca_file) if endpoint.ca_file else None,
-        verify_tls=endpoint.verify_tls,
-    )
+    client, load = profile.client, profile.load
+    transport = transport_settings(profile, preparation, url, headers)
     return [
         WorkerSettings(
             transport=transport,
@@ -139,14 +148,6 @@ def worker_settings(
 def replies_path(directory: RunDirectory, worker: int) -> Path:
     """Where a worker leaves the raw replies it kept."""
     return directory.path / f"replies-{worker}.npz"
-
-
-def check_cpus(profile: Profile) -> None:
-    """`ProfileError` for CPUs that this process may not use."""
-    allowed = os.sched_getaffinity(0)
-    missing = sorted(set(profile.client.cpus or ()) - allowed)
-    if missing:
-        raise ProfileError(f"client.cpus: {missing} are not among the CPUs allowed here: {sorted(allowed)}")
 
 
 def raise_open_files_limit() -> None:

@@ -12,9 +12,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,21 +22,25 @@ import uvloop
 
 from servebench import __version__
 from servebench.clock import now_ns
-from servebench.engine.asking import discover_model, probe_model
+from servebench.control.base import Discovery
+from servebench.engine.arrangement import Arrangement
+from servebench.engine.asking import control_of_run
 from servebench.engine.closing import check_outputs, merge_errors
+from servebench.engine.cpus import kept_off, with_cpus_named
 from servebench.engine.dialect import encode_library
 from servebench.engine.fleet import Fleet, WorkerEnd
-from servebench.engine.hosting import launched, launcher_options
+from servebench.engine.hosting import interrupting, launched, launcher_options
 from servebench.engine.preparation import (
     Preparation,
-    check_cpus,
     create_columns,
     prepare,
     query_headers,
     raise_open_files_limit,
     replies_path,
+    transport_settings,
     worker_settings,
 )
+from servebench.engine.probe import probe
 from servebench.engine.requests import share_requests
 from servebench.errors import LaunchError, ServebenchError
 from servebench.launcher import RunningServer
@@ -46,7 +50,6 @@ from servebench.record.environment import collect_environment, cpu_times, thrott
 from servebench.record.progress import ProgressReader, Snapshot
 from servebench.record.replies import read_replies
 from servebench.record.rundir import ENVIRONMENT, FACTS, SERVER, RunDirectory
-from servebench.transport.control import Discovery
 
 #: Time between the order to start and t=0: covers the order's way and the workers' first touch of the columns.
 _LEAD_NS = 100_000_000
@@ -72,13 +75,13 @@ def run_profile(profile: Profile, out: Path, *, command: list[str], observer: Ob
     before anything is started, `LaunchError`, `TransportError` or `RunError` later; a
     directory in which nothing was measured and no server spoke is removed again.
     """
-    check_cpus(profile)
+    profile = with_cpus_named(profile)
     query_headers(profile)
     launcher, options = launcher_options(profile)
     directory = RunDirectory.create(out)
     run = _Run(profile, directory, command, observer)
     try:
-        with _sigterm_interrupts(), contextlib.ExitStack() as stack:
+        with interrupting(signal.SIGTERM), contextlib.ExitStack() as stack:
             if launcher is not None:
                 observer.phase(f"starting {launcher.name}")
                 run.server = stack.enter_context(launched(launcher, profile.endpoint.model, options, out / SERVER))
@@ -107,6 +110,7 @@ class _Run:
         self._observer = observer
         self._fleet = Fleet()
         self._interrupts = 0
+        self._measuring = True  #: until the books are closed
         self._facts: dict[str, Any] = {
             "schema": "servebench.facts/1",
             "version": __version__,
@@ -121,16 +125,32 @@ class _Run:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupt)
-        profile, facts, directory = self._profile, self._facts, self._directory
+        profile = self._profile
         url = str(profile.server.url) if self.server is None else self.server.urls.get(profile.endpoint.framing)
         if url is None:
             raise LaunchError(f"{profile.server.launch}: serves nothing over {profile.endpoint.framing} here; see its log")
         headers = query_headers(profile, self.server.tokens.get("inference") if self.server is not None else None)
-        self._observer.phase("asking the server about the model")
-        found = await discover_model(profile, url, headers, self.server)
+        arrangement = Arrangement(profile, partial(control_of_run, profile, url, headers, self.server), self._observer)
+        try:
+            async with arrangement.in_place() as found:
+                self._facts["server"] = self._describe_server(url, found, arrangement.actions)
+                try:
+                    await self._measured(found, url, headers)
+                finally:
+                    self._measuring = False
+        except ServebenchError as error:
+            if self.state == "running":
+                self._fail(error)
+            raise
+        if arrangement.actions:
+            self._directory.finish(self._facts)  # once more: it was changed back after the books were closed
+
+    async def _measured(self, found: Discovery, url: str, headers: list[tuple[str, str]]) -> None:
+        profile, facts, directory = self._profile, self._facts, self._directory
         preparation = prepare(profile, found.model)
-        await probe_model(profile, preparation, url, headers)
-        facts["server"] = self._describe_server(url, found)
+        if profile.endpoint.protocol.startswith("torchserve"):
+            first = next(encode_library(preparation.protocol, preparation.library, url, headers))
+            await probe(transport_settings(profile, preparation, url, headers), first)
         facts["schedule"] = _describe_schedule(preparation)
         directory.write_profile(profile.public_dict())
         directory.write_json(ENVIRONMENT, collect_environment())
@@ -146,10 +166,8 @@ class _Run:
             ]
             directory.write_json(FACTS, facts)
             self.started = True
-            ends = await self._phases(rows)
-        except ServebenchError as error:
-            self._fail(error)
-            raise
+            with kept_off(profile.client.cpus):
+                ends = await self._phases(rows)
         finally:
             os.close(requests_fd)
             await self._fleet.close()
@@ -190,10 +208,12 @@ class _Run:
 
     def _interrupt(self) -> None:
         self._interrupts += 1
-        if self._interrupts == 1 and self._fleet.pids:
+        if self._interrupts == 1 and not self._measuring:
+            self._observer.phase("interrupted: leaving the server as it was found (again to stop at once)")
+        elif self._interrupts == 1 and self._fleet.pids:
             self._observer.phase("interrupted: waiting for outstanding replies (again to stop at once)")
             self._stopping = asyncio.ensure_future(self._fleet.stop())
-        elif self._fleet.pids:
+        elif self._measuring and self._fleet.pids:
             self._fleet.cut()
         else:
             raise KeyboardInterrupt
@@ -204,7 +224,7 @@ class _Run:
             self.state, self._facts["state"], self._facts["stop_reason"] = "failed", "failed", str(error)
             self._directory.finish(self._facts)
 
-    def _describe_server(self, url: str, found: Discovery) -> dict[str, Any]:
+    def _describe_server(self, url: str, found: Discovery, actions: list[dict[str, Any]]) -> dict[str, Any]:
         described: dict[str, Any] = {"url": url, "launch": self._profile.server.launch}
         if self.server is not None:
             described |= self.server.describe()
@@ -212,6 +232,7 @@ class _Run:
             "metadata": found.server,
             "model": asdict(found.model),
             "model_config": found.config,
+            "control": actions,
         }
 
     def _close_books(self, preparation: Preparation, ends: list[WorkerEnd]) -> None:
@@ -255,20 +276,6 @@ def _discard_unless_log(directory: RunDirectory) -> None:
             file.unlink()
     if not kept:
         shutil.rmtree(directory.path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C where no event loop handles it (while a server starts or stops)."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _describe_schedule(preparation: Preparation) -> dict[str, Any]:

@@ -19,12 +19,17 @@ constant) is reported, not tested: its distribution is too skewed for such p-val
 A constant plan is tested for equal gaps. What was issued is compared with what was planned
 by the two-sample Kolmogorov-Smirnov distance, both scaled to their own length: a client that
 is slow throughout is the achieved rate's matter, one that bunches its queries is this one's.
+
+A run of ten million queries has columns of 80 MB, so nothing here makes more than one of that
+size beside its arguments: what can be is done a chunk at a time, what is over is overwritten.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -43,6 +48,7 @@ MIN_ARRIVALS_PER_WINDOW = 10.0
 CONSTANT_TOLERANCE_NS = 2
 #: Gaps tested against the exponential; more are thinned evenly, which leaves their distribution alone.
 _MAX_KS_GAPS = 1_000_000
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +85,16 @@ class ArrivalChecks:
 
 
 def check_arrivals(scheduled_ns: Int64s, issued_ns: Int64s, *, arrivals: str, target_qps: float | None) -> ArrivalChecks:
-    """Test a plan that claims to be ``mlperf``, ``poisson`` or ``constant``, and how it was issued.
+    """`check_plan`, then `check_issue` of copies: both arrays stay as they are."""
+    checks = check_plan(scheduled_ns, arrivals=arrivals, target_qps=target_qps)
+    return check_issue(checks, scheduled_ns, issued_ns.copy())
 
-    Both arrays are in query order, ns from t=0; ``issued_ns`` is -1 for what was not issued.
-    ``target_qps`` of None tests against the plan's own mean rate.
+
+def check_plan(scheduled_ns: Int64s, *, arrivals: str, target_qps: float | None) -> ArrivalChecks:
+    """Test a plan that claims to be ``mlperf``, ``poisson`` or ``constant``.
+
+    ``scheduled_ns`` is in query order, ns from t=0. ``target_qps`` of None tests against the
+    plan's own mean rate.
     """
     gaps_ns = np.diff(scheduled_ns)
     if len(gaps_ns) and int(gaps_ns.min()) < 0:
@@ -94,20 +106,42 @@ def check_arrivals(scheduled_ns: Int64s, issued_ns: Int64s, *, arrivals: str, ta
         planned, problems = _constant_checks(gaps_ns, mean_gap_ns)
     else:
         planned, problems = _poisson_checks(scheduled_ns, gaps_ns, mean_gap_ns)
-    issued, issue_problems = _issued_checks(scheduled_ns, issued_ns)
-    return ArrivalChecks(
-        "wrong" if problems or issue_problems else "ok",
-        len(gaps_ns),
-        cv2=_cv2(gaps_ns),
-        **planned,
-        **issued,
-        problems=tuple(problems),
-        issue_problems=tuple(issue_problems),
+    del gaps_ns  # which the tests may have overwritten
+    result: Literal["ok", "wrong"] = "wrong" if problems else "ok"
+    return ArrivalChecks(result, len(scheduled_ns) - 1, cv2=_cv2(np.diff(scheduled_ns)), **planned, problems=tuple(problems))
+
+
+def check_issue(checks: ArrivalChecks, scheduled_ns: Int64s, issued_ns: Int64s) -> ArrivalChecks:
+    """The checks of a plan, with those of how it was issued; unchanged where the plan itself could not be tested.
+
+    ``issued_ns`` is -1 for what was not issued. It is taken over: sorted in place.
+    """
+    if checks.cv2 is None:
+        return checks
+    sent = issued_ns >= 0
+    if not sent.all():
+        scheduled_ns, issued_ns = scheduled_ns[sent], issued_ns[sent]
+    issued_ns.sort()
+    if len(issued_ns) <= MIN_GAPS or scheduled_ns[-1] == scheduled_ns[0] or issued_ns[-1] == issued_ns[0]:
+        return checks
+    distance = shape_distance(scheduled_ns, issued_ns)
+    del scheduled_ns
+    p_value = float(kolmogorov(math.sqrt(len(issued_ns) / 2) * distance))
+    problems: tuple[str, ...] = ()
+    if p_value < P_VALUE:
+        problems = (f"queries were not issued as planned (KS distance {distance:.3g} of their times, p = {p_value:.1g})",)
+    return replace(
+        checks,
+        result="wrong" if problems else checks.result,
+        issued_cv2=_cv2(np.diff(issued_ns)),
+        issued_ks_distance=distance,
+        issued_ks_p_value=p_value,
+        issue_problems=problems,
     )
 
 
 def _constant_checks(gaps_ns: Int64s, mean_gap_ns: float) -> Found:
-    off_ns = float(np.abs(gaps_ns - mean_gap_ns).max())
+    off_ns = max(float(np.abs(gaps_ns[stretch] - mean_gap_ns).max()) for stretch in _chunks(len(gaps_ns)))
     return {}, [f"gaps that should be equal are up to {off_ns:.0f} ns off"] if off_ns > CONSTANT_TOLERANCE_NS else []
 
 
@@ -135,23 +169,6 @@ def _poisson_checks(scheduled_ns: Int64s, gaps_ns: Int64s, mean_gap_ns: float) -
     }, problems
 
 
-def _issued_checks(scheduled_ns: Int64s, issued_ns: Int64s) -> Found:
-    sent = issued_ns >= 0
-    planned_ns, sent_ns = scheduled_ns[sent], np.sort(issued_ns[sent])
-    if len(sent_ns) <= MIN_GAPS or planned_ns[-1] == planned_ns[0] or sent_ns[-1] == sent_ns[0]:
-        return {}, []
-    distance = shape_distance(planned_ns, sent_ns)
-    p_value = float(kolmogorov(math.sqrt(len(sent_ns) / 2) * distance))
-    problems = []
-    if p_value < P_VALUE:
-        problems = [f"queries were not issued as planned (KS distance {distance:.3g} of their times, p = {p_value:.1g})"]
-    return {
-        "issued_cv2": _cv2(np.diff(sent_ns)),
-        "issued_ks_distance": distance,
-        "issued_ks_p_value": p_value,
-    }, problems
-
-
 def exponential_ks(gaps_ns: Int64s, mean_gap_ns: float) -> tuple[float, float]:
     """Kolmogorov-Smirnov distance of gaps to the exponential distribution of that mean, and its p-value.
 
@@ -169,8 +186,12 @@ def exponential_ks(gaps_ns: Int64s, mean_gap_ns: float) -> tuple[float, float]:
 
 
 def serial_correlation(gaps_ns: Int64s) -> tuple[float | None, float | None]:
-    """Correlation of each gap's exp(-gap / mean) with the next one's, and its two-sided p-value; None when all are equal."""
-    level: Floats = np.exp(gaps_ns / -gaps_ns.mean())
+    """Correlation of each gap's exp(-gap / mean) with the next one's, and its two-sided p-value; None when all are equal.
+
+    The gaps are overwritten.
+    """
+    mean_ns = gaps_ns.mean()
+    level = _overwrite(gaps_ns, lambda stretch_ns: np.exp(stretch_ns / -mean_ns))
     level -= level.mean()
     square = float(level @ level)
     if square == 0:
@@ -180,9 +201,9 @@ def serial_correlation(gaps_ns: Int64s) -> tuple[float | None, float | None]:
 
 
 def index_of_dispersion(scheduled_ns: Int64s, window_ns: int) -> Dispersion:
-    """Variance / mean of the counts in the whole windows of the plan, and its two-sided p-value under Poisson."""
+    """Variance / mean of the counts in the whole windows of an ascending plan, and its two-sided p-value under Poisson."""
     windows = int(scheduled_ns[-1]) // window_ns
-    counts = np.bincount(scheduled_ns[: np.searchsorted(scheduled_ns, windows * window_ns)] // window_ns, minlength=windows)
+    counts = np.diff(np.searchsorted(scheduled_ns, np.arange(windows + 1) * window_ns))
     index = float(counts.var(ddof=1) / counts.mean())
     freedom = windows - 1
     p_value = min(1.0, 2 * float(min(chdtr(freedom, freedom * index), chdtrc(freedom, freedom * index))))
@@ -191,12 +212,23 @@ def index_of_dispersion(scheduled_ns: Int64s, window_ns: int) -> Dispersion:
 
 def shape_distance(planned_ns: Int64s, issued_ns: Int64s) -> float:
     """Two-sample Kolmogorov-Smirnov distance of equally many ascending times, both scaled from 0 to 1 of their own length."""
-    count = len(planned_ns)
-    planned: Floats = (planned_ns - planned_ns[0]) / (planned_ns[-1] - planned_ns[0])
-    issued: Floats = (issued_ns - issued_ns[0]) / (issued_ns[-1] - issued_ns[0])
-    behind = np.searchsorted(planned, issued, side="left") - np.arange(count)  # just before each is issued
-    ahead = np.arange(1, count + 1) - np.searchsorted(planned, issued, side="right")  # just after
-    return float(max(behind.max(), ahead.max(), 0)) / count
+    count, furthest = len(planned_ns), 0
+    for stretch in _chunks(count):
+        issued = _from_0_to_1(issued_ns, stretch)
+        # The part of the plan that these can lie in, found by the same arithmetic.
+        first = bisect_left(range(count), issued[0], key=lambda row: _from_0_to_1(planned_ns, row))
+        end = bisect_right(range(count), issued[-1], key=lambda row: _from_0_to_1(planned_ns, row))
+        planned = _from_0_to_1(planned_ns, slice(first, end))
+        before = np.arange(stretch.start, stretch.start + len(issued))
+        behind = first + np.searchsorted(planned, issued, side="left") - before  # just before each is issued
+        ahead = before + 1 - first - np.searchsorted(planned, issued, side="right")  # just after
+        furthest = max(furthest, int(behind.max()), int(ahead.max()))
+    return furthest / count
+
+
+def _from_0_to_1(times_ns: Int64s, rows: Any) -> Any:
+    """Some of ascending times, scaled to the length of all."""
+    return (times_ns[rows] - times_ns[0]) / (times_ns[-1] - times_ns[0])
 
 
 def _window_scales_ns(scheduled_ns: Int64s) -> list[int]:
@@ -208,5 +240,20 @@ def _window_scales_ns(scheduled_ns: Int64s) -> list[int]:
 
 
 def _cv2(gaps_ns: Int64s) -> float | None:
-    mean = float(gaps_ns.mean())
-    return float(gaps_ns.var()) / mean**2 if mean else None
+    """Variance / mean^2, None for a mean of 0. The gaps are overwritten."""
+    mean_ns = float(gaps_ns.mean())
+    if not mean_ns:
+        return None
+    return float(_overwrite(gaps_ns, lambda stretch_ns: np.square(stretch_ns - mean_ns)).mean()) / mean_ns**2
+
+
+def _overwrite(values: Int64s, change: Callable[[Int64s], Floats]) -> Floats:
+    """What ``change`` makes of whole numbers, a stretch at a time, in the memory where they were."""
+    changed: Floats = values.view(np.float64)
+    for stretch in _chunks(len(values)):
+        changed[stretch] = change(values[stretch])
+    return changed
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, count, _CHUNK))

@@ -9,7 +9,7 @@ from servebench.constraint import Constraint
 from servebench.judge.arrivals import ArrivalChecks
 from servebench.judge.constraints import limit_ns
 from servebench.judge.summary import Summary, quantile_of
-from servebench.record.rundata import RunData
+from servebench.record.rundata import Run
 
 Severity = Literal["DEGRADED", "INVALID"]
 
@@ -43,7 +43,7 @@ class LatencyPromise:
 class Evidence:
     """One run, its numbers, and the promises that it was made to judge."""
 
-    run: RunData
+    run: Run
     summary: Summary
     constraints: tuple[Constraint, ...]
     arrivals: ArrivalChecks

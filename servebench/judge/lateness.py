@@ -16,7 +16,6 @@ that many are put down to them.
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ import numpy.typing as npt
 from servebench.judge.evidence import Evidence, LatencyPromise, Reason, Severity
 from servebench.judge.wording import say_rate, say_share, say_time
 from servebench.record.outcome import Outcome
-from servebench.record.rundata import RunData
+from servebench.record.rundata import Run
 
 #: A query is late when issued this part of the bound after it was due ...
 LATE_PART_OF_BOUND = 0.1
@@ -68,33 +67,61 @@ class Blame:
 
 
 class Lateness:
-    """The issue delays of a run, with who is to blame for the late ones."""
+    """How many queries each worker issued late, by every measure that the rules ask for: one pass over the records."""
 
-    def __init__(self, run: RunData) -> None:
-        self._run = run
+    def __init__(self, evidence: Evidence) -> None:
+        run = evidence.run
         workers = {int(worker["worker"]): worker.get("stats") or {} for worker in run.workers}
-        size = max([*workers, int(run.worker.max(initial=0))]) + 1
+        highest = max((int(numbers.max()) for (numbers,) in run.chunks("worker")), default=0)
+        size = max([*workers, highest]) + 1
         self._cap_waits, self._opening_waits = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         for number, stats in workers.items():
             self._cap_waits[number] = int(stats.get("cap_waits") or 0) + int(stats.get("stream_waits") or 0)
             self._opening_waits[number] = max(int(stats.get("connection_waits") or 0) - self._cap_waits[number], 0)
 
-    @cached_property
-    def delay_ns(self) -> npt.NDArray[np.int64]:
-        """Issue delay of every planned query; 0 for one that was not issued."""
-        return np.where(self._run.issued_ns >= 0, self._run.issued_ns - self._run.scheduled_ns, 0)
+        promises = evidence.promises
+        limits_ns = {_late_ns(promise.bound_ns) for promise in promises}
+        limits_ns |= {promise.bound_ns - 1 for promise in promises} | {_late_against_service_ns(evidence)}
+        self._later = {limit_ns: np.zeros(size, dtype=np.int64) for limit_ns in limits_ns}
+        self._decisive = {promise.bound_ns: np.zeros(size, dtype=np.int64) for promise in promises}
+        self._due_too_late = np.zeros(size, dtype=np.int64)
+        #: The longest issue delay, 0 when none was late.
+        self.worst_ns = 0
+        #: The schedule of what was due (see `_achieved_rate`): how long it took, how many queries, how many within that time.
+        self.window_ns, self.due, self.achieved = _window_ns(evidence), 0, 0
+        shed_is_due = _shed_is_due(evidence)
 
-    def decisive(self, bound_ns: int) -> npt.NDArray[np.bool_]:
-        """Queries with a reply whose response time is over the bound and whose service time is not."""
-        run = self._run
-        ok = (run.outcome == Outcome.OK) & (run.issued_ns >= 0)
-        over = run.completed_ns - run.scheduled_ns > bound_ns
-        decisive: npt.NDArray[np.bool_] = ok & over & (run.completed_ns - run.issued_ns <= bound_ns)
-        return decisive
+        columns = ("outcome", "worker", "scheduled_ns", "issued_ns", "completed_ns")
+        for outcome, worker, scheduled_ns, issued_ns, completed_ns in run.chunks(*columns):
+            issued = issued_ns >= 0
+            delay_ns = np.where(issued, issued_ns - scheduled_ns, 0)
+            self.worst_ns = max(self.worst_ns, int(delay_ns.max()))
+            for limit_ns in limits_ns:
+                self._later[limit_ns] += np.bincount(worker[delay_ns > limit_ns], minlength=size)
+            ok = issued & (outcome == Outcome.OK)
+            response_ns, service_ns = completed_ns - scheduled_ns, completed_ns - issued_ns
+            for bound_ns in self._decisive:
+                decisive = ok & (response_ns > bound_ns) & (service_ns <= bound_ns)
+                self._decisive[bound_ns] += np.bincount(worker[decisive], minlength=size)
+            due = issued | (outcome == Outcome.SHED) if shed_is_due else issued
+            in_time = issued & (issued_ns <= self.window_ns + ACHIEVED_GRACE_NS)
+            self.due += int(np.count_nonzero(due))
+            self.achieved += int(np.count_nonzero(in_time))
+            self._due_too_late += np.bincount(worker[due & ~in_time], minlength=size)
 
-    def blame(self, late: npt.NDArray[np.bool_]) -> Blame:
-        """Who held back the queries of a mask over all rows."""
-        by_worker = np.bincount(self._run.worker[late], minlength=len(self._cap_waits))
+    def later_than(self, limit_ns: int) -> Blame:
+        """Who held back the queries that were issued more than ``limit_ns`` after they were due."""
+        return self._blame(self._later[limit_ns])
+
+    def decisive(self, bound_ns: int) -> Blame:
+        """Who held back the queries with a reply whose response time is over the bound and whose service time is not."""
+        return self._blame(self._decisive[bound_ns])
+
+    def due_too_late(self) -> Blame:
+        """Who held back what was due and not issued within the schedule."""
+        return self._blame(self._due_too_late)
+
+    def _blame(self, by_worker: npt.NDArray[np.int64]) -> Blame:
         cap = np.minimum(by_worker, self._cap_waits)
         opening = np.minimum(by_worker - cap, self._opening_waits)
         return Blame(int((by_worker - cap - opening).sum()), int(cap.sum()), int(opening.sum()))
@@ -102,7 +129,7 @@ class Lateness:
 
 def lateness_reasons(evidence: Evidence) -> list[Reason]:
     """All rules of this module, one reason a code."""
-    lateness = Lateness(evidence.run)
+    lateness = Lateness(evidence)
     found = [
         *_stalls(evidence),
         *_delays_of_a_bound(evidence, lateness),
@@ -118,7 +145,7 @@ def lateness_reasons(evidence: Evidence) -> list[Reason]:
     return list(worst.values())
 
 
-def longest_stalls(run: RunData) -> list[dict[str, Any]]:
+def longest_stalls(run: Run) -> list[dict[str, Any]]:
     """The workers' event-loop stalls during the run, longest first, at most 20: worker, at_ns, duration_ns."""
     stalls = [
         {"worker": worker["worker"], "at_ns": int(stall["at_ns"]), "duration_ns": int(stall["duration_ns"])}
@@ -151,8 +178,8 @@ def _delays_of_a_bound(evidence: Evidence, lateness: Lateness) -> list[Reason]:
     promise = _tail_promise(evidence)
     if promise is None:
         return []
-    blame = lateness.blame(lateness.delay_ns >= promise.bound_ns)
-    late, worst_ns = sum(astuple(blame)), int(lateness.delay_ns.max(initial=0))
+    blame = lateness.later_than(promise.bound_ns - 1)
+    late, worst_ns = sum(astuple(blame)), lateness.worst_ns
     text = f"{late} queries were issued up to {say_time(worst_ns)} late, no less than the bound of {promise.text!r}"
     return _charge(blame, 0, "INVALID", text, worst_ns, promise.bound_ns)
 
@@ -163,8 +190,8 @@ def _late_shares(evidence: Evidence, lateness: Lateness) -> list[Reason]:
     for promise in evidence.promises:
         if not promise.budget:
             continue
-        late_ns = max(LATE_FLOOR_NS, int(promise.bound_ns * LATE_PART_OF_BOUND))
-        blame = lateness.blame(lateness.delay_ns > late_ns)
+        late_ns = _late_ns(promise.bound_ns)
+        blame = lateness.later_than(late_ns)
         late = sum(astuple(blame))
         text = (
             f"{late} of {issued} queries ({say_share(late / max(issued, 1))}) were issued over {say_time(late_ns)} late, "
@@ -174,7 +201,7 @@ def _late_shares(evidence: Evidence, lateness: Lateness) -> list[Reason]:
             if late > ACCIDENTS:
                 share = part * promise.budget
                 reasons += _charge(blame, share * issued, severity, text, late / issued, share)
-        decisive = lateness.blame(lateness.decisive(promise.bound_ns))
+        decisive = lateness.decisive(promise.bound_ns)
         count = sum(astuple(decisive))
         if count > ACCIDENTS:
             share = DECISIVE_PART_OF_BUDGET * promise.budget
@@ -183,10 +210,18 @@ def _late_shares(evidence: Evidence, lateness: Lateness) -> list[Reason]:
     return reasons
 
 
+def _late_ns(bound_ns: int) -> int:
+    return max(LATE_FLOOR_NS, int(bound_ns * LATE_PART_OF_BOUND))
+
+
+def _late_against_service_ns(evidence: Evidence) -> int:
+    return max(LATE_FLOOR_NS, int((evidence.summary.service.percentile(50) or 0) * LATE_PART_OF_SERVICE))
+
+
 def _late_against_service(evidence: Evidence, lateness: Lateness) -> list[Reason]:
     median_ns, issued = evidence.summary.service.percentile(50), evidence.summary.delay.count
-    late_ns = max(LATE_FLOOR_NS, int((median_ns or 0) * LATE_PART_OF_SERVICE))
-    blame = lateness.blame(lateness.delay_ns > late_ns)
+    late_ns = _late_against_service_ns(evidence)
+    blame = lateness.later_than(late_ns)
     late = sum(astuple(blame))
     if late <= ACCIDENTS:
         return []
@@ -246,19 +281,12 @@ def _achieved_rate(evidence: Evidence, lateness: Lateness) -> list[Reason]:
     Not counted as due: what no connection could be opened for (an error, not a delay), what
     ``client.max_outstanding`` shed on purpose, and what an interruption left.
     """
-    run = evidence.run
-    issued = run.issued_ns >= 0
-    due = issued.copy()
-    if run.facts.get("state") == "complete" and evidence.client("max_outstanding") is None:
-        due |= run.outcome == Outcome.SHED
-    window_ns = int(run.scheduled_ns[due].max(initial=0))
-    in_time = issued & (run.issued_ns <= window_ns + ACHIEVED_GRACE_NS)
-    planned, achieved = int(np.count_nonzero(due)), int(np.count_nonzero(in_time))
+    window_ns, planned, achieved = lateness.window_ns, lateness.due, lateness.achieved
     if not window_ns or achieved >= DEGRADED_ACHIEVED * planned:
         return []
     seconds, share = window_ns / 1e9, achieved / planned
     severity: Severity = "INVALID" if share < INVALID_ACHIEVED else "DEGRADED"
-    blame = lateness.blame(due & ~in_time)
+    blame = lateness.due_too_late()
     text = f"the client could issue only {say_rate(achieved / seconds)} of {say_rate(planned / seconds)}"
     remedy = "use more client.workers or a lower rate"
     if blame.opening > blame.loop + blame.cap:
@@ -268,3 +296,13 @@ def _achieved_rate(evidence: Evidence, lateness: Lateness) -> list[Reason]:
     return [
         Reason("achieved_rate", severity, text, remedy, share, INVALID_ACHIEVED if severity == "INVALID" else DEGRADED_ACHIEVED)
     ]
+
+
+def _shed_is_due(evidence: Evidence) -> bool:
+    return evidence.run.facts.get("state") == "complete" and evidence.client("max_outstanding") is None
+
+
+def _window_ns(evidence: Evidence) -> int:
+    """When the last of what was due was due."""
+    summary = evidence.summary
+    return max(summary.last_due_ns or 0, (summary.last_shed_ns or 0) if _shed_is_due(evidence) else 0)

@@ -10,9 +10,10 @@ Who is counted where:
 - A percentile is LoadGen's ``sorted[int(n * p)]``: no interpolation, n counts the infinite
   ones. Where it falls on an infinite latency its value is None, and `Distribution.above_ns`
   gives the lower bound that is known.
-- Rates count OK queries only and enclose n - 1 gaps, as LoadGen's; see `completed_window_ns`.
+- Rates count OK queries only and enclose n - 1 gaps, as LoadGen's; see `Summary.completed_window_ns`.
 
-Arrays are sorted in place; what is kept of a query is its three latencies.
+The rows are read once, some at a time; what is kept of a query is its three latencies, in 4
+bytes each unless one of them is over 4.29 s.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ import numpy.typing as npt
 
 from servebench.judge.wording import say_percentile
 from servebench.record.outcome import ERROR_OUTCOMES, Outcome
-from servebench.record.rundata import RunData
+from servebench.record.rundata import Run
 
 Int64s = npt.NDArray[np.int64]
+#: Latencies in ns, of any integer dtype that holds them.
+Latencies = npt.NDArray[np.integer[Any]]
 
 #: The percentiles of every run: LoadGen's six, and one further out.
 PERCENTILES = (50.0, 90.0, 95.0, 97.0, 99.0, 99.9, 99.99)
 _SUM_CHUNK = 1 << 16  # latencies of up to a day add up to less than 2**63
+_UINT32_MAX = (1 << 32) - 1
+_NO_OUTCOMES = np.empty(0, dtype=np.uint8)
 
 
 def quantile_of(percentile: float) -> float:
@@ -55,7 +60,7 @@ class Distribution:
 
     __slots__ = ("_infinite_ns", "_known_ns")
 
-    def __init__(self, known_ns: Int64s, infinite_ns: Int64s) -> None:
+    def __init__(self, known_ns: Latencies, infinite_ns: Latencies) -> None:
         known_ns.sort()
         infinite_ns.sort()
         self._known_ns = known_ns
@@ -106,7 +111,13 @@ class Distribution:
 
     def over(self, limit_ns: int) -> int:
         """How many queries took longer than ``limit_ns``, the infinite ones included."""
-        return self.count - int(np.searchsorted(self._known_ns, limit_ns, side="right"))
+        known = self._known_ns
+        if not len(known) or limit_ns < known[0]:
+            return self.count
+        if limit_ns >= known[-1]:
+            return self.infinite_count
+        # As the array's own dtype, or numpy converts the whole array to that of the limit.
+        return self.count - int(np.searchsorted(known, known.dtype.type(limit_ns), side="right"))
 
     def as_dict(self, percentiles: tuple[float, ...]) -> dict[str, Any]:
         """The block of ``run.json``."""
@@ -142,14 +153,22 @@ class Counts:
         return self.planned == self.issued + self.shed and self.issued == ended
 
 
-def count_outcomes(run: RunData) -> Counts:
+def count_outcomes(run: Run) -> Counts:
     """The books of a run. After a killed process, what was due and never sent is shed, what was out is unfinished."""
-    tally = np.bincount(run.outcome, minlength=len(Outcome)).tolist()
+    return _books(sum((_tally(outcome) for (outcome,) in run.chunks("outcome")), start=_tally(_NO_OUTCOMES)))
+
+
+def _tally(outcome: npt.NDArray[np.uint8]) -> Int64s:
+    return np.bincount(outcome, minlength=256)
+
+
+def _books(counts: Int64s) -> Counts:
+    tally = counts.tolist()
     ok, timeout = tally[Outcome.OK], tally[Outcome.TIMEOUT]
     error = sum(tally[outcome] for outcome in ERROR_OUTCOMES)
     unfinished = tally[Outcome.UNFINISHED] + tally[Outcome.OUTSTANDING]
     shed = tally[Outcome.SHED] + tally[Outcome.NOT_ISSUED]
-    return Counts(run.planned, ok + error + timeout + unfinished, ok, error, timeout, shed, unfinished)
+    return Counts(sum(tally), ok + error + timeout + unfinished, ok, error, timeout, shed, unfinished)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +182,12 @@ class Summary:
     target_qps: float | None
     last_scheduled_ns: int  #: when the last planned query was due
     last_due_ns: int | None  #: when the last of the issued queries was due
+    last_shed_ns: int | None  #: when the last of the shed queries was due
     last_issued_ns: int | None
+    #: The time that completed rates divide by; None when nothing was issued. LoadGen's is the done time of the last-issued
+    #: query, not the last done time. Two guards, idle in a run where every query succeeds, keep failures from improving the
+    #: rate: when that query failed, the last moment at which anything ended counts; and in a complete run the window is no
+    #: shorter than the schedule, whatever was shed at its end.
     completed_window_ns: int | None
 
     @property
@@ -190,50 +214,85 @@ class Summary:
         return {"response": self.response, "service": self.service, "delay": self.delay}[name]
 
 
-def summarize(run: RunData) -> Summary:
+class _Series:
+    """Collects the latencies of one series in as little memory as they need."""
+
+    def __init__(self, rows: int) -> None:
+        self._known, self._infinite = _Store(rows), _Store(rows)
+
+    def add(self, end_ns: Int64s, start_ns: Int64s, ok: npt.NDArray[np.bool_]) -> None:
+        """Rows with their ends and beginnings, -1 where there was none; those not ``ok`` have an infinite latency."""
+        self._known.add(end_ns[ok] - start_ns[ok])
+        failed = ~ok
+        if failed.any():
+            ended_ns, began_ns = end_ns[failed], start_ns[failed]
+            known_age_ns = np.where((ended_ns >= 0) & (began_ns >= 0), ended_ns - began_ns, 0)
+            self._infinite.add(np.maximum(known_age_ns, 0))
+
+    def add_known(self, values_ns: Int64s) -> None:
+        """Rows that all have a latency."""
+        self._known.add(values_ns)
+
+    def distribution(self) -> Distribution:
+        return Distribution(self._known.values(), self._infinite.values())
+
+
+class _Store:
+    """At most ``rows`` integers, as uint32 for as long as all of them fit; memory that is not filled is not used."""
+
+    def __init__(self, rows: int) -> None:
+        self._stored: Latencies = np.empty(rows, dtype=np.uint32)
+        self._count = 0
+
+    def add(self, values: Int64s) -> None:
+        if self._stored.dtype == np.uint32 and values.size and not 0 <= values.min() <= values.max() <= _UINT32_MAX:
+            wide = np.empty(len(self._stored), dtype=np.int64)
+            wide[: self._count] = self.values()
+            self._stored = wide
+        self._stored[self._count : self._count + len(values)] = values
+        self._count += len(values)
+
+    def values(self) -> Latencies:
+        return self._stored[: self._count]
+
+
+def summarize(run: Run) -> Summary:
     """Counts, distributions and windows of a run."""
-    ok = run.outcome == Outcome.OK
-    issued = run.issued_ns >= 0
-    last_issued_ns = int(run.issued_ns.max(initial=-1))
+    response, service, delay = _Series(run.planned), _Series(run.planned), _Series(run.planned)
+    tally = _tally(_NO_OUTCOMES)
+    last_scheduled_ns = last_due_ns = last_shed_ns = last_issued_ns = last_ended_ns = last_reply_ns = -1
+    last_was_ok = False
+    for outcome, scheduled_ns, issued_ns, completed_ns in run.chunks("outcome", "scheduled_ns", "issued_ns", "completed_ns"):
+        ok, issued = outcome == Outcome.OK, issued_ns >= 0
+        tally += _tally(outcome)
+        response.add(completed_ns, scheduled_ns, ok)
+        service.add(completed_ns, issued_ns, ok)
+        delay.add_known(issued_ns[issued] - scheduled_ns[issued])
+        last_scheduled_ns = max(last_scheduled_ns, int(scheduled_ns.max()))
+        last_due_ns = max(last_due_ns, int(scheduled_ns.max(where=issued, initial=-1)))
+        last_shed_ns = max(last_shed_ns, int(scheduled_ns.max(where=outcome == Outcome.SHED, initial=-1)))
+        last_ended_ns = max(last_ended_ns, int(completed_ns.max()))
+        latest_ns = int(issued_ns.max())
+        if latest_ns >= max(last_issued_ns, 0):
+            row = int(np.flatnonzero(issued_ns == latest_ns)[-1])
+            last_issued_ns, last_was_ok, last_reply_ns = latest_ns, bool(ok[row]), int(completed_ns[row])
+    window_ns = None
+    if last_issued_ns >= 0:
+        window_ns = last_reply_ns if last_was_ok else max(last_ended_ns, last_issued_ns)
+        if run.facts.get("state") == "complete":
+            window_ns = max(window_ns, last_scheduled_ns)
     return Summary(
-        counts=count_outcomes(run),
-        response=_latencies(run.completed_ns, run.scheduled_ns, ok),
-        service=_latencies(run.completed_ns, run.issued_ns, ok),
-        delay=Distribution(run.issued_ns[issued] - run.scheduled_ns[issued], np.empty(0, dtype=np.int64)),
+        counts=_books(tally),
+        response=response.distribution(),
+        service=service.distribution(),
+        delay=delay.distribution(),
         target_qps=run.section("schedule").get("target_qps"),
-        last_scheduled_ns=int(run.scheduled_ns.max(initial=0)),
-        last_due_ns=int(run.scheduled_ns[issued].max()) if last_issued_ns >= 0 else None,
+        last_scheduled_ns=max(last_scheduled_ns, 0),
+        last_due_ns=last_due_ns if last_issued_ns >= 0 else None,
+        last_shed_ns=last_shed_ns if last_shed_ns >= 0 else None,
         last_issued_ns=last_issued_ns if last_issued_ns >= 0 else None,
-        completed_window_ns=completed_window_ns(run),
+        completed_window_ns=window_ns,
     )
-
-
-def completed_window_ns(run: RunData) -> int | None:
-    """The time that completed rates divide by; None when nothing was issued.
-
-    LoadGen's is the done time of the last-issued query, not the last done time. Two guards,
-    idle in a run where every query succeeds, keep failures from improving the rate: when
-    that query failed, the last moment at which anything ended counts; and in a complete run
-    the window is no shorter than the schedule, whatever was shed at its end.
-    """
-    last_issued_ns = run.issued_ns.max(initial=-1)
-    if last_issued_ns < 0:
-        return None
-    row = int(np.flatnonzero(run.issued_ns == last_issued_ns)[-1])
-    if run.outcome[row] == Outcome.OK:
-        window_ns = int(run.completed_ns[row])
-    else:
-        window_ns = max(int(run.completed_ns.max()), int(last_issued_ns))
-    if run.facts.get("state") == "complete":
-        window_ns = max(window_ns, int(run.scheduled_ns.max()))
-    return window_ns
-
-
-def _latencies(end_ns: Int64s, start_ns: Int64s, ok: npt.NDArray[np.bool_]) -> Distribution:
-    failed = ~ok
-    ended_ns, began_ns = end_ns[failed], start_ns[failed]
-    known_age_ns = np.where((ended_ns >= 0) & (began_ns >= 0), ended_ns - began_ns, 0)
-    return Distribution(end_ns[ok] - start_ns[ok], np.maximum(known_age_ns, 0))
 
 
 def _rate(count: int, window_ns: int | None) -> float | None:

@@ -20,6 +20,7 @@ from servebench.judge.lateness import LATE_FLOOR_NS, lateness_reasons, longest_s
 from servebench.judge.wording import say_share, say_time
 from servebench.record.histogram import HIGHEST_TRACKABLE_NS
 from servebench.record.outcome import Outcome
+from servebench.record.rundata import Array
 
 Trust = Literal["VALID", "DEGRADED", "INVALID"]
 
@@ -103,30 +104,35 @@ def _books(evidence: Evidence) -> list[Reason]:
         problems.append(f"the workers' shares add up to {shares} of {run.planned} queries")
     if not counts.balanced:
         problems.append("planned = issued + shed or issued = ok + error + timeout + unfinished does not hold")
-    if run_state(run.facts) != "failed":
-        open_ended = int(np.count_nonzero(run.outcome <= Outcome.OUTSTANDING))
-        if open_ended:
-            problems.append(f"{open_ended} queries have no end although the run has one")
-    contradictions = int(np.count_nonzero(_contradictory_rows(evidence)))
+    open_ended = contradictions = 0
+    for rows in run.chunks("outcome", "scheduled_ns", "issued_ns", "first_byte_ns", "completed_ns"):
+        open_ended += int(np.count_nonzero(rows[0] <= Outcome.OUTSTANDING))
+        contradictions += int(np.count_nonzero(_contradictory(*rows)))
+    if open_ended and run_state(run.facts) != "failed":
+        problems.append(f"{open_ended} queries have no end although the run has one")
     if contradictions:
         problems.append(f"{contradictions} queries have times that contradict their outcome or each other")
     return [Reason("books", "INVALID", f"the books do not balance: {problem}", _OWN_FAULT) for problem in problems]
 
 
-def _contradictory_rows(evidence: Evidence) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    run = evidence.run
-    ok, sent = run.outcome == Outcome.OK, run.issued_ns >= 0
-    disordered = (run.first_byte_ns < run.issued_ns) | (run.completed_ns < run.first_byte_ns)
-    early = sent & (run.issued_ns < run.scheduled_ns - LATE_FLOOR_NS)
-    never_sent = (run.outcome == Outcome.SHED) | (run.outcome == Outcome.NOT_ISSUED)
-    contradictory: np.ndarray[Any, np.dtype[np.bool_]] = (ok & (~sent | disordered)) | early | (never_sent & sent)
+def _contradictory(outcome: Array, scheduled_ns: Array, issued_ns: Array, first_byte_ns: Array, completed_ns: Array) -> Array:
+    ok, sent = outcome == Outcome.OK, issued_ns >= 0
+    disordered = (first_byte_ns < issued_ns) | (completed_ns < first_byte_ns)
+    early = sent & (issued_ns < scheduled_ns - LATE_FLOOR_NS)
+    never_sent = (outcome == Outcome.SHED) | (outcome == Outcome.NOT_ISSUED)
+    contradictory: Array = (ok & (~sent | disordered)) | early | (never_sent & sent)
     return contradictory
 
 
 def _schedule_hash(evidence: Evidence) -> list[Reason]:
     claimed = evidence.run.section("schedule").get("sha256")
-    found = hashlib.sha256(evidence.run.scheduled_ns.astype("<i8", copy=False).data).hexdigest()
-    if claimed is None or found == claimed:
+    if claimed is None:
+        return []
+    digest = hashlib.sha256()
+    for (scheduled_ns,) in evidence.run.chunks("scheduled_ns"):
+        digest.update(np.ascontiguousarray(scheduled_ns, dtype="<i8").data)
+    found = digest.hexdigest()
+    if found == claimed:
         return []
     text = f"the schedule's hash is {found[:12]}..., not {claimed[:12]}... as planned"
     return [Reason("schedule_hash", "INVALID", text, _OWN_FAULT)]
@@ -172,7 +178,7 @@ def _shed(evidence: Evidence) -> list[Reason]:
 
 
 def _own_host(evidence: Evidence) -> list[Reason]:
-    count = int(np.count_nonzero(evidence.run.outcome == Outcome.CLIENT))
+    count = sum(int(np.count_nonzero(outcome == Outcome.CLIENT)) for (outcome,) in evidence.run.chunks("outcome"))
     if not count:
         return []
     errors = evidence.run.facts.get("errors") or []

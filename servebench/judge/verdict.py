@@ -9,6 +9,7 @@ constraint on a percentile of the response time (MLPerf's target latency).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -16,14 +17,14 @@ from typing import Any, Literal
 import numpy as np
 
 from servebench.constraint import Constraint, parse_constraint
-from servebench.judge.arrivals import check_arrivals
+from servebench.judge.arrivals import check_issue, check_plan
 from servebench.judge.constraints import Judgement, evaluate, limit_ns
 from servebench.judge.early_stopping import CONFIDENCE, estimate_index, is_enough, max_over_latency, min_queries
 from servebench.judge.evidence import Evidence
 from servebench.judge.summary import PERCENTILES, Summary, quantile_of, summarize
 from servebench.judge.trust import judge_trust, run_state
 from servebench.record.outcome import Outcome
-from servebench.record.rundata import RunData
+from servebench.record.rundata import Run
 
 SCHEMA = "servebench.run/1"
 
@@ -36,19 +37,21 @@ def exit_code(verdict: str) -> int:
     return _EXIT_CODES[verdict]
 
 
-def judge(run: RunData) -> dict[str, Any]:
+def judge(run: Run) -> dict[str, Any]:
     """The ``run.json`` document of a run: JSON-able, described by ``run.schema.json``, a pure function of its argument.
 
-    Takes some 50 bytes a query beside the run's own columns: half a second and 50 MB for a
-    million queries.
+    Reads the run's rows several times over and holds at most three whole columns at once:
+    some 25 bytes a query.
     """
     facts, profile, schedule = run.facts, run.section("profile"), run.section("schedule")
     constraints = tuple(parse_constraint(text) for text in profile.get("constraints") or [])
     headline = headline_constraint(constraints)
-    summary = summarize(run)
-    checks = check_arrivals(
-        run.scheduled_ns, run.issued_ns, arrivals=schedule.get("arrivals") or "", target_qps=summary.target_qps
+    # The arrivals first: their tests need whole columns, which are gone before the latencies are gathered.
+    checks = check_plan(
+        run.column("scheduled_ns"), arrivals=schedule.get("arrivals") or "", target_qps=schedule.get("target_qps")
     )
+    checks = check_issue(checks, run.column("scheduled_ns"), run.column("issued_ns"))
+    summary = summarize(run)
     judgements = [evaluate(constraint, summary) for constraint in constraints]
     trust = judge_trust(Evidence(run, summary, constraints, checks))
     verdict = _verdict(trust["verdict"], judgements)
@@ -151,11 +154,19 @@ def _loadgen_validity(
     return {**parts, "valid": all(parts.values())}
 
 
-def _errors_of(run: RunData) -> list[dict[str, Any]]:
+def _errors_of(run: Run) -> list[dict[str, Any]]:
     """Failures by kind alone, for a run that was killed before it could describe them."""
-    errors = []
-    for outcome in Outcome:
-        rows = np.flatnonzero(run.outcome == outcome)
-        if len(rows) and outcome not in (Outcome.OK, Outcome.NOT_ISSUED, Outcome.OUTSTANDING):
-            errors.append({"kind": outcome.kind, "detail": "", "count": len(rows), "example": int(rows[0])})
-    return errors
+    counts: Counter[int] = Counter()
+    examples: dict[int, int] = {}
+    at = 0
+    for (outcomes,) in run.chunks("outcome"):
+        tally = np.bincount(outcomes)
+        for code in np.flatnonzero(tally).tolist():
+            counts[code] += int(tally[code])
+            examples.setdefault(code, at + int(np.argmax(outcomes == code)))
+        at += len(outcomes)
+    return [
+        {"kind": outcome.kind, "detail": "", "count": counts[outcome], "example": examples[outcome]}
+        for outcome in Outcome
+        if counts[outcome] and outcome not in (Outcome.OK, Outcome.NOT_ISSUED, Outcome.OUTSTANDING)
+    ]

@@ -35,7 +35,8 @@ COLUMNS: dict[str, tuple[str, Literal["q", "i", "I", "H", "B"]]] = {
     "status": ("<u2", "H"),
     "outcome": ("|u1", "B"),
 }
-ROW_BYTES = sum(np.dtype(dtype).itemsize for dtype, _ in COLUMNS.values())
+_ITEM_BYTES = {name: np.dtype(dtype).itemsize for name, (dtype, _) in COLUMNS.items()}
+ROW_BYTES = sum(_ITEM_BYTES.values())
 
 
 class HeaderSlot(IntEnum):
@@ -68,9 +69,9 @@ class Columns:
         self.header = self._bytes[:HEADER_BYTES].cast("q")
         self._offsets: dict[str, int] = {}
         offset = HEADER_BYTES
-        for name, (dtype, _) in COLUMNS.items():
+        for name, size in _ITEM_BYTES.items():
             self._offsets[name] = offset
-            offset += _padded(rows * np.dtype(dtype).itemsize)
+            offset += _padded(rows * size)
 
     @classmethod
     def create(cls, path: Path, *, rows: int, worker: int, workers: int) -> Columns:
@@ -103,18 +104,29 @@ class Columns:
 
     def view(self, name: str) -> memoryview[int]:
         """The column as a typed memoryview of ``rows`` items."""
-        dtype, code = COLUMNS[name]
         start = self._offsets[name]
-        return self._bytes[start : start + self.rows * np.dtype(dtype).itemsize].cast(code)
+        return self._bytes[start : start + self.rows * _ITEM_BYTES[name]].cast(COLUMNS[name][1])
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """The column as a numpy array over the same memory."""
         return np.frombuffer(self._bytes, dtype=COLUMNS[name][0], count=self.rows, offset=self._offsets[name])
 
+    def release(self, start: int, stop: int) -> None:
+        """Unmap the memory of the rows from ``start`` to ``stop`` from this process until they are used again.
+
+        They stay in the file. The page in which ``stop`` lies is kept: its other rows are about to be used.
+        """
+        stop = min(stop, self.rows)
+        for name, size in _ITEM_BYTES.items():
+            first, last = self._offsets[name] + start * size, self._offsets[name] + stop * size
+            first, last = first - first % mmap.PAGESIZE, last - last % mmap.PAGESIZE
+            if first < last:
+                self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
 
 def file_bytes(rows: int) -> int:
     """Size of a column file with ``rows`` queries."""
-    return HEADER_BYTES + sum(_padded(rows * np.dtype(dtype).itemsize) for dtype, _ in COLUMNS.values())
+    return HEADER_BYTES + sum(_padded(rows * size) for size in _ITEM_BYTES.values())
 
 
 def _padded(size: int) -> int:

@@ -83,3 +83,4 @@ class ProgressReader:
         counted |= fresh
         unended = np.flatnonzero(~counted)
         self._lowest[worker] = low + (int(unended[0]) if len(unended) else len(counted))
+        columns.release(low, self._lowest[worker])

@@ -9,25 +9,19 @@ The directory is locked while its run is alive.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from servebench.errors import ProfileError, RunError
-from servebench.record.columns import COLUMNS, Columns, HeaderSlot
+from servebench.record.columns import Columns, HeaderSlot
 from servebench.record.files import replacing, write_json
-from servebench.record.outcome import Outcome
-from servebench.record.rundata import RunData
+from servebench.record.queries import QUERY_COLUMNS, MappedQueries, ParquetQueries, StoredRun, write_queries
+from servebench.record.rundata import Run, RunData
 
 FACTS = "facts.json"
 ENVIRONMENT = "environment.json"
@@ -35,8 +29,7 @@ PROFILE = "profile.yaml"
 QUERIES = "queries.parquet"
 RUN = "run.json"
 SERVER = "server"
-_TIMES = ("scheduled_ns", "issued_ns", "first_byte_ns", "completed_ns")
-_ROWS_A_GROUP = 1 << 20
+_ROWS_A_GROUP = 1 << 18
 
 
 class RunDirectory:
@@ -81,7 +74,7 @@ class RunDirectory:
         files = sorted(self.path.glob("columns-*.bin"))
         try:
             if files:
-                _write_queries([Columns.open(file) for file in files], self.path / QUERIES)
+                write_queries([Columns.open(file) for file in files], self.path / QUERIES, rows_a_group=_ROWS_A_GROUP)
             self.write_json(FACTS, facts)
         except OSError as error:
             raise RunError(f"{self.path}: {error.strerror or error}; the records so far are kept beside it") from None
@@ -95,14 +88,15 @@ class RunDirectory:
             self._lock = -1
 
 
-def read_run(path: Path) -> RunData:
-    """Read a run directory, finished or not. `ProfileError` names what is missing or broken."""
+def open_run(path: Path) -> Run:
+    """Open a run directory, finished or not, without reading its rows. `ProfileError`, then too, names what is broken."""
     facts = _read_json(path / FACTS)
     if facts.get("schema") != "servebench.facts/1":
         raise ProfileError(f"{path / FACTS}: schema is {facts.get('schema')!r}, expected 'servebench.facts/1'")
+    environment = _read_json(path / ENVIRONMENT, optional=True)
     files = sorted(path.glob("columns-*.bin"))
-    with contextlib.suppress(FileNotFoundError):
-        return RunData(facts, _read_json(path / ENVIRONMENT, optional=True), **_read_queries(path / QUERIES))
+    if (path / QUERIES).exists():
+        return StoredRun(facts, environment, ParquetQueries(path / QUERIES))
     if not files:
         raise ProfileError(f"{path}: holds no records: neither {QUERIES} nor columns-*.bin")
     try:
@@ -110,8 +104,13 @@ def read_run(path: Path) -> RunData:
     except (OSError, ValueError) as error:
         raise ProfileError(f"{error}") from None
     _check_complete(path, columns)
-    arrays = {name: np.concatenate(parts) for name, parts in _collect(_row_groups(columns)).items()}
-    return RunData(facts, _read_json(path / ENVIRONMENT, optional=True), **arrays)
+    return StoredRun(facts, environment, MappedQueries(columns, at_once=_ROWS_A_GROUP))
+
+
+def read_run(path: Path) -> RunData:
+    """Read a whole run directory, finished or not, into memory. `ProfileError` names what is missing or broken."""
+    run = open_run(path)
+    return RunData(run.facts, run.environment, **{name: run.column(name) for name in QUERY_COLUMNS})
 
 
 def is_running(path: Path) -> bool:
@@ -146,97 +145,3 @@ def _check_complete(path: Path, columns: list[Columns]) -> None:
     missing = sorted(set(range(columns[0].header[HeaderSlot.WORKERS])) - there)
     if missing:
         raise ProfileError(f"{path}: the records of worker {missing[0]} are missing: columns-{missing[0]}.bin")
-
-
-def _row_groups(columns: list[Columns]) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """Query-order slices of all workers' columns: query q is row q // workers of worker q % workers.
-
-    Times become relative to t=0, -1 where the event never happened.
-    """
-    columns = sorted(columns, key=lambda one: one.header[HeaderSlot.WORKER])
-    workers = len(columns)
-    rows = max(one.rows for one in columns)
-    step = max(1, _ROWS_A_GROUP // workers)
-    for start in range(0, rows, step):
-        parts = [{name: one.array(name)[start : start + step] for name in COLUMNS} for one in columns]
-        group: dict[str, npt.NDArray[Any]] = {}
-        size = sum(len(part["outcome"]) for part in parts)
-        for name in COLUMNS:
-            group[name] = np.empty(size, dtype=parts[0][name].dtype)
-            for worker, part in enumerate(parts):
-                values = part[name]
-                if name in _TIMES:
-                    start_ns = columns[worker].header[HeaderSlot.START_NS]
-                    never = values == 0 if name != "scheduled_ns" else None
-                    values = values - start_ns
-                    if never is not None:
-                        values[never] = -1
-                group[name][worker::workers] = values
-        outcome = group["outcome"]
-        outcome[(outcome == Outcome.NOT_ISSUED) & (group["issued_ns"] >= 0)] = Outcome.OUTSTANDING
-        group["worker"] = np.resize(np.arange(workers, dtype=np.uint16), size)
-        yield group
-
-
-def _collect(groups: Iterator[dict[str, npt.NDArray[Any]]]) -> dict[str, list[npt.NDArray[Any]]]:
-    collected: dict[str, list[npt.NDArray[Any]]] = {}
-    for group in groups:
-        for name, values in group.items():
-            collected.setdefault(name, []).append(values)
-    return collected
-
-
-def _arrow_table(group: dict[str, npt.NDArray[Any]]) -> pa.Table:
-    codes = np.zeros(max(Outcome) + 1, dtype=np.int8)
-    codes[[int(outcome) for outcome in Outcome]] = np.arange(len(Outcome))
-    fields = {}
-    for name, values in group.items():
-        if name == "outcome":
-            words = pa.array([outcome.kind for outcome in Outcome])
-            fields[name] = pa.DictionaryArray.from_arrays(pa.array(codes[values]), words)
-        elif name in _TIMES:
-            fields[name] = pa.array(values, mask=values < 0)
-        else:
-            fields[name] = pa.array(values)
-    return pa.table(fields)
-
-
-def _write_queries(columns: list[Columns], path: Path) -> None:
-    writer: pq.ParquetWriter | None = None
-    with replacing(path, binary=True) as file:
-        try:
-            for group in _row_groups(columns):
-                table = _arrow_table(group)
-                if writer is None:
-                    writer = pq.ParquetWriter(file, table.schema, compression="zstd")
-                writer.write_table(table)
-            if writer is not None:
-                writer.close()
-        except OSError:
-            if writer is not None:
-                writer.is_open = False  # or its finalizer fails once more, with a traceback that nobody can catch
-            raise
-
-
-def _read_queries(path: Path) -> dict[str, npt.NDArray[Any]]:
-    if not path.exists():
-        raise FileNotFoundError(path)
-    codes = {outcome.kind: int(outcome) for outcome in Outcome}
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    try:
-        file = pq.ParquetFile(path)
-        for name in (*COLUMNS, "worker"):
-            column = file.read(columns=[name]).column(name)
-            if name == "outcome":
-                parts = []
-                for chunk in column.chunks:
-                    lookup = np.array([codes[kind] for kind in chunk.dictionary.to_pylist()] or [0], dtype=np.uint8)
-                    parts.append(lookup[chunk.indices.to_numpy()])
-                arrays[name] = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint8)
-            elif name in _TIMES:
-                arrays[name] = column.fill_null(-1).to_numpy()
-            else:
-                arrays[name] = column.to_numpy()
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise ProfileError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    return arrays

@@ -33,6 +33,8 @@ from servebench.record.histogram import (
     Histogram,
 )
 
+Int64s = npt.NDArray[np.int64]
+
 _TICKS_PER_HALF_DISTANCE = 5
 _NS_PER_MS = 1e6
 _NS_PER_S = 1e9
@@ -47,30 +49,47 @@ class Interval:
     histogram: Histogram
 
 
-def interval_histograms(
-    scheduled_ns: npt.NDArray[np.int64], values_ns: npt.NDArray[np.int64], *, interval_ns: int = 1_000_000_000
-) -> Iterator[Interval]:
+def interval_histograms(scheduled_ns: Int64s, values_ns: Int64s, *, interval_ns: int = 1_000_000_000) -> Iterator[Interval]:
+    """`split_by_interval` of whole arrays, in any order."""
+    order = np.argsort(scheduled_ns, kind="stable") if scheduled_ns.shape == values_ns.shape else slice(None)
+    return split_by_interval([(scheduled_ns[order], values_ns[order])], interval_ns=interval_ns)
+
+
+def split_by_interval(chunks: Iterable[tuple[Int64s, Int64s]], *, interval_ns: int = 1_000_000_000) -> Iterator[Interval]:
     """Split latencies by the second in which each query was *due*, from 0 to the last one, empty seconds included.
 
-    ``scheduled_ns`` are offsets from the run's t=0, in any order; ``values_ns`` belong to
-    the same queries. The due time, not the completion, places a query: it is where its
-    response time starts, so the queries that a stall held up stand where the stall began
-    instead of piling up at its end, and every series of a run has the same counts.
-    One histogram a series exists at a time, so a long run costs no memory.
+    A chunk is the due times of some queries, offsets from the run's t=0 in ascending order
+    from chunk to chunk, and their values. The due time, not the completion, places a query:
+    it is where its response time starts, so the queries that a stall held up stand where the
+    stall began instead of piling up at its end, and every series of a run has the same
+    counts. One histogram and one chunk exist at a time, so a long run costs no memory.
+    `ValueError` for due times out of order, negative, or not as many as values.
     """
-    if scheduled_ns.shape != values_ns.shape:
-        raise ValueError(f"{scheduled_ns.size} scheduled times but {values_ns.size} values")
-    if scheduled_ns.size == 0:
-        return
-    if scheduled_ns.min() < 0:
-        raise ValueError("scheduled times are offsets from the run's start and not negative")
-    order = np.argsort(scheduled_ns, kind="stable")
-    interval = scheduled_ns[order] // interval_ns
-    edges = np.searchsorted(interval, np.arange(int(interval[-1]) + 2))
-    for number in range(len(edges) - 1):
-        histogram = Histogram()
-        histogram.record(values_ns[order[edges[number] : edges[number + 1]]])
-        yield Interval(number * interval_ns / _NS_PER_S, interval_ns / _NS_PER_S, histogram)
+    histogram, number, last_ns = Histogram(), 0, None
+    for scheduled_ns, values_ns in chunks:
+        if scheduled_ns.shape != values_ns.shape:
+            raise ValueError(f"{scheduled_ns.size} scheduled times but {values_ns.size} values")
+        if scheduled_ns.size == 0:
+            continue
+        if scheduled_ns.min() < 0:
+            raise ValueError("scheduled times are offsets from the run's start and not negative")
+        if scheduled_ns[0] < (last_ns or 0) or np.diff(scheduled_ns).min(initial=0) < 0:
+            raise ValueError("scheduled times are not in ascending order")
+        last_ns = int(scheduled_ns[-1])
+        numbers = scheduled_ns // interval_ns
+        start = 0
+        for following in range(number + 1, last_ns // interval_ns + 1):
+            end = int(np.searchsorted(numbers, following))
+            histogram.record(values_ns[start:end])
+            yield _interval(following - 1, interval_ns, histogram)
+            histogram, number, start = Histogram(), following, end
+        histogram.record(values_ns[start:])
+    if last_ns is not None:
+        yield _interval(number, interval_ns, histogram)
+
+
+def _interval(number: int, interval_ns: int, histogram: Histogram) -> Interval:
+    return Interval(number * interval_ns / _NS_PER_S, interval_ns / _NS_PER_S, histogram)
 
 
 def write_hlog(

@@ -1,16 +1,22 @@
-"""Models that servebench can host: real networks, small enough to ship and to serve from one CPU core.
+"""Models that servebench can host, each in a folder of its own.
 
-Each sits in a folder of its own: ``network`` (what it computes), ``train`` (the command that
-made the shipped weights), ``model`` (what the server's process runs), and as data the weights,
-held-out inputs to send, and golden outputs to check replies against.
+Beside ``network.py`` (what it computes: all that the server's processes import) a folder may hold
+samples to send, and where weights ship, those, how they were made, and golden outputs to check replies against.
+What surrounds a model in a server's process is the same for all and lies in `serving`.
 """
 
 from __future__ import annotations
 
+from .bert import BERT
+from .delay import DELAY
 from .digits import DIGITS
+from .dlrm import DLRM
 from .hosted import HostedModel, TensorSpec
+from .identity import IDENTITY
+from .resnet50 import RESNET50
+from .unet import UNET
 
 #: Every model a launcher can host, by name.
-MODELS: dict[str, HostedModel] = {model.name: model for model in (DIGITS,)}
+MODELS: dict[str, HostedModel] = {model.name: model for model in (IDENTITY, DELAY, DIGITS, RESNET50, BERT, DLRM, UNET)}
 
 __all__ = ["MODELS", "HostedModel", "TensorSpec"]

@@ -1,39 +1,51 @@
-"""What a launcher needs to know about a model it hosts: tensors, files, and where the weights come from."""
+"""What a launcher needs to know about a model it hosts: tensors, files, options, and where the weights come from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One input or output. ``dims`` leaves out the batch axis, which the server adds in front."""
+from . import serving
+from .serving.settings import Settings, TensorSpec
 
-    name: str
-    datatype: str  #: KServe v2 name, e.g. ``FP32``
-    dims: tuple[int, ...]
+__all__ = ["HostedModel", "ModelOptions", "Settings", "TensorSpec"]
+
+_SERVING = Path(serving.__file__).parent
+
+
+class ModelOptions(BaseModel):
+    """``model_options`` of one model; this one has none. What is in here goes to the ``build`` of its ``network.py``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, slots=True)
 class HostedModel:
     """A model that ships with servebench, independent of the server that hosts it.
 
-    ``serving_files`` and ``torchserve_files`` (names in ``folder``) are all the code that Triton's
-    and TorchServe's processes import; they import each other relatively and nothing else of
-    servebench, so they also run where only the rendered model repository or archive is.
+    ``folder`` has the model's own ``network.py``; what surrounds it in a server's process is the
+    same for all models (`serving`).
     """
 
     name: str
+    summary: str  #: one line for people
     folder: Path
     inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    serving_files: tuple[str, ...]
-    torchserve_files: tuple[str, ...]  #: the handler comes first
-    weights_file: str  #: name in ``folder``, and in the rendered repository
-    weights_origin: str  #: how the shipped weights were made, for people
+    output: TensorSpec
+    options: type[ModelOptions] = ModelOptions
+    uses_torch: bool = True
+    pads: bool = False  #: queries of different sizes can share a batch
+    precisions: tuple[str, ...] = ("fp32",)
+    weights_file: str | None = None  #: of the shipped weights, in ``folder``; None where weights come from a seed
+    weights_origin: str | None = None  #: how the shipped weights were made, for people
 
     @property
-    def weights_path(self) -> Path:
+    def weights_path(self) -> Path | None:
         """The shipped weights."""
-        return self.folder / self.weights_file
+        return None if self.weights_file is None else self.folder / self.weights_file
+
+    def serving_files(self, names: tuple[str, ...]) -> list[Path]:
+        """The code that a server's processes import: the common files of these names, and the model's own."""
+        return [*(_SERVING / name for name in names), self.folder / "network.py"]

@@ -19,8 +19,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from . import DIGITS, IMAGE, LOGITS, SEED
-from .network import build_network
+from . import DIGITS, IMAGE, LOGITS, SEED, WEIGHTS_FILE
+from .network import build
 
 HELD_OUT = 360  #: of 1797 images, every digit in proportion
 EPOCHS = 30
@@ -53,7 +53,7 @@ def split_digits(seed: int) -> Split:
 def train_network(split: Split, *, seed: int, epochs: int = EPOCHS) -> nn.Sequential:
     """A network fitted to the training images only (Adam, one-cycle learning rate), in inference mode."""
     torch.manual_seed(seed)
-    network = build_network()
+    network = build()
     images, labels = torch.from_numpy(split.train_images), torch.from_numpy(split.train_labels)
     steps_per_epoch = -(-len(images) // BATCH_SIZE)
     optimizer = torch.optim.Adam(network.parameters())
@@ -94,7 +94,7 @@ def main(out: Path, seed: int, epochs: int) -> None:
     network = train_network(split, seed=seed, epochs=epochs)
     logits = heldout_logits(network, split)
     out.mkdir(parents=True, exist_ok=True)
-    torch.save(network.state_dict(), out / DIGITS.weights_file)
+    torch.save(network.state_dict(), out / WEIGHTS_FILE)
     np.savez_compressed(out / "heldout.npz", **{IMAGE.name: split.heldout_images})
     np.savez_compressed(out / "golden.npz", **{LOGITS.name: logits})
     np.savez_compressed(out / "labels.npz", LABEL=split.heldout_labels)

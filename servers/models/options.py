@@ -1,0 +1,144 @@
+"""The part of a launcher's options that is about the model, the same for every server, and what follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError, field_validator
+
+from servebench.errors import LaunchError
+
+from ..devices import Inventory, Placement, check_device_name, check_precision, choose, place
+from ..host import installed_version
+from . import MODELS, HostedModel
+from .hosted import Settings, TensorSpec
+
+#: Name of the weights in a rendered repository or archive.
+WEIGHTS_NAME = "weights.pt"
+
+
+class HostingOptions(BaseModel):
+    """Options about the model and where it computes. A launcher's own options come on top."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    model_options: dict[str, Any] = Field(default_factory=dict)
+    """The model's own options, e.g. `{a_ms: 5, b_ms: 0.5}` for `delay`, `{size: large}` for `bert`."""
+    weights: FilePath | None = None
+    """File with weights of the network (a torch state dict). When omitted: the shipped ones, or random ones where none ship."""
+    weights_seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of random weights (`resnet50`, `bert`, `dlrm` and `unet` ship none)."""
+    device: str = "auto"
+    """`auto`, `cpu`, or `cuda`, `rocm`, `xpu`, `hpu`, `neuron`, `mps`: all such devices, or some by number, e.g. `cuda:0,2`."""
+    precision: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    """Of weights and arithmetic; tensors travel as declared. `int8` quantises linear layers dynamically, on CPUs only."""
+    torch_threads: int = Field(default=1, ge=1)
+    """Threads torch uses in each process of the model; processes x threads beyond the number of CPUs slow each other down."""
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, name: str) -> str:
+        return check_device_name(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Hosting:
+    """One model with its options checked, on devices that are there."""
+
+    model: HostedModel
+    options: HostingOptions
+    settings: Settings
+    placement: Placement
+
+    @property
+    def weights(self) -> Path | None:
+        """The file of weights to put beside the code; None where they are drawn from the seed."""
+        return self.options.weights or self.model.weights_path
+
+    def facts(self, *, processes: int, cpus: int) -> dict[str, Any]:
+        """What a report says about the model, which ``processes`` processes host on ``cpus`` CPUs."""
+        threads = self.options.torch_threads
+        computing = {
+            "weights": self._weights_facts(),
+            "precision": self.options.precision,
+            "torch_threads": threads,
+            "threads": {"processes": processes, "each": threads, "total": processes * threads, "cpus": cpus},
+        }
+        return {
+            "model": self.model.name,
+            "model_options": self.settings.options,
+            "inputs": [_tensor_facts(spec) for spec in self.model.inputs],
+            "outputs": [_tensor_facts(self.model.output)],
+            "device": self.placement.label,
+            "device_reason": self.placement.reason,
+            **(computing if self.model.uses_torch else {}),
+            # The processes run in this interpreter's environment.
+            "torch": installed_version("torch"),
+            "numpy": installed_version("numpy"),
+        }
+
+    def _weights_facts(self) -> dict[str, Any]:
+        if self.weights is None:
+            drawn = f"random, seed {self.options.weights_seed}, torch {installed_version('torch')}"
+            return {"origin": drawn, "sha256": None}
+        origin = str(self.options.weights or self.model.weights_origin)
+        with self.weights.open("rb") as file:
+            return {"origin": origin, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def prepare(name: str, options: HostingOptions, *, server: str, present: Inventory | None = None) -> Hosting:
+    """Everything about the model that can be refused before anything starts; `LaunchError` says what is wrong.
+
+    ``server`` is the launcher's word for itself, for messages. ``present`` are the devices that the
+    server will see; this machine's when omitted.
+    """
+    if name not in MODELS:
+        raise LaunchError(f"there is no model called {name!r} to host on {server}; known: {', '.join(sorted(MODELS))}")
+    model = MODELS[name]
+    if options.weights is not None and not model.uses_torch:
+        raise LaunchError(f"weights: {name} has none")
+    if options.precision not in model.precisions:
+        raise LaunchError(f"precision: {name} has no {options.precision}; it has {', '.join(model.precisions)}")
+    if not model.uses_torch:
+        placement = _without_torch(name, options.device)
+    else:
+        placement = place(options.device) if present is None else choose(options.device, present)
+    check_precision(options.precision, placement.kind)
+    settings = Settings(
+        model=name,
+        inputs=model.inputs,
+        output=model.output,
+        uses_torch=model.uses_torch,
+        pads=model.pads,
+        options=_model_options(model, options.model_options),
+        weights=WEIGHTS_NAME if options.weights or model.weights_file else None,
+        seed=options.weights_seed,
+        devices=placement.torch_devices,
+        device_plugin=placement.torch_plugin,
+        precision=options.precision,
+        torch_threads=options.torch_threads,
+    )
+    return Hosting(model, options, settings, placement)
+
+
+def _model_options(model: HostedModel, given: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return model.options.model_validate(given).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["model_options", *map(str, first["loc"])])
+        allowed = ", ".join(model.options.model_fields) or "none"
+        raise LaunchError(f"{key}: {first['msg']}, found {first['input']!r}; options of {model.name}: {allowed}") from None
+
+
+def _without_torch(name: str, device: str) -> Placement:
+    if device not in ("auto", "cpu"):
+        raise LaunchError(f"device: {name} computes nothing, so it has no use for {device!r}; use cpu")
+    return Placement("cpu", (), f"{name} needs no other")
+
+
+def _tensor_facts(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": [-1, *spec.dims]}
