@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -97,6 +98,32 @@ def command(*arguments: str, cwd: Path, timeout_s: float = 60) -> subprocess.Com
     process = start_command(*arguments, cwd=cwd)
     out, err = process.communicate(timeout=timeout_s)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+#: How often a run is made that must be VALID, on a machine whose pauses of some milliseconds are not its client's fault.
+MAX_TRUST_TRIES = 3
+_OF_A_BUSY_MACHINE = {"lateness", "loop_stall", "cpu_wait", "cpu_steal"}
+
+
+def trusted_run(*arguments: str, cwd: Path, timeout_s: float = 60) -> dict[str, Any]:
+    """``servebench run ARGUMENTS --json --out DIR/run``: the document of a PASS with trust VALID.
+
+    Where queries were late, and nothing else was wrong, the run is made again: a shared machine that stands still for
+    30 ms makes 1 % of a short run late, and saying DEGRADED is then right. A client that is itself late stays so.
+    """
+    for _ in range(MAX_TRUST_TRIES):
+        shutil.rmtree(cwd / "run", ignore_errors=True)
+        done = command("run", *arguments, "--out", "run", "--json", cwd=cwd, timeout_s=timeout_s)
+        assert done.returncode in {0, 5}, done.stdout[-3000:] + done.stderr
+        document: dict[str, Any] = json.loads(done.stdout)
+        assert document["state"] == "complete"
+        assert_books_balance(document)
+        trust = document["trust"]
+        if trust["verdict"] == "VALID":
+            assert document["verdict"] == "PASS"
+            return document
+        assert {reason["code"] for reason in trust["reasons"]} <= _OF_A_BUSY_MACHINE, trust["reasons"]
+    pytest.fail(f"each of {MAX_TRUST_TRIES} runs was {trust['verdict']}: {trust['reasons']}")
 
 
 def await_issued(directory: Path, queries: int, *, worker: int = 0, deadline_s: float = 30) -> None:

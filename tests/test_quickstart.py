@@ -1,11 +1,10 @@
 """The main job on a real Triton, shorter than `make quickstart` runs it."""
 
-import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from e2e import assert_books_balance, command
+from e2e import trusted_run
 
 pytestmark = pytest.mark.triton
 
@@ -18,14 +17,7 @@ def test_digits_on_triton_passes_and_can_be_trusted(tmp_path: Path) -> None:
         "load.warmup_s=1",
         "constraints=['p99 <= 100ms', 'errors < 1%']",
     ]
-    done = command(
-        "run", "digits-triton-http", "--out", "run", "--json", *(f"--set={one}" for one in shorter), cwd=tmp_path, timeout_s=120
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    document = json.loads(done.stdout)
-    assert (document["verdict"], document["state"]) == ("PASS", "complete")
-    assert document["trust"]["verdict"] == "VALID", document["trust"]["reasons"]
-    assert_books_balance(document)
+    document = trusted_run("digits-triton-http", *(f"--set={one}" for one in shorter), cwd=tmp_path, timeout_s=120)
     assert document["counts"]["ok"] == document["counts"]["planned"] >= 1000
 
     # Every kept reply equals the golden logits of its held-out image: this is the model, not an echo.

@@ -1,8 +1,11 @@
 """Real runs that go wrong: a guilty client, an overloaded or broken server, killed processes, interrupts."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from e2e import (
+    CLIENT_CPUS,
     Quiet,
     assert_books_balance,
     await_issued,
@@ -31,6 +35,11 @@ pytestmark = pytest.mark.load
 
 def codes(document: dict[str, Any]) -> set[str]:
     return {reason["code"] for reason in document["trust"]["reasons"] if reason["severity"] == "INVALID"}
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
 
 
 def write_profile(tmp_path: Path, data: dict[str, Any]) -> str:
@@ -68,6 +77,22 @@ def test_a_stalled_client_is_invalid_and_blames_itself(tmp_path: Path) -> None:
     first_due_ns = int(data.scheduled_ns[data.scheduled_ns > stopped_ns].min())
     assert document["issue_delay"]["max_ns"] >= resumed_ns - first_due_ns > 0
     assert_books_balance(document)
+
+
+def test_a_client_whose_cpu_others_use_says_so(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(stub(tmp_path, service={"kind": "constant", "mean_ms": 1}))
+        pin = f"import os\nos.sched_setaffinity(0, {CLIENT_CPUS})\nwhile True: pass"
+        for _ in range(4):
+            stack.callback(kill, subprocess.Popen([sys.executable, "-c", pin]))
+        load = {"target_qps": 300, "min_duration_s": 0, "min_query_count": 900}
+        document, data = run(profile_data(server.urls["http"], constraints=["p99 <= 20ms"], load=load), tmp_path / "run")
+    reasons = {reason["code"]: reason for reason in document["trust"]["reasons"]}
+    assert reasons.keys() & {"lateness", "loop_stall"}
+    # Of five that never sleep each has a fifth; a worker that mostly sleeps waits for less than the rest of the time.
+    assert 0.01 < reasons["cpu_wait"]["measured"] < 0.8
+    stats = data.facts["workers"][0]["stats"]
+    assert stats["cpu_wait_s"] == pytest.approx(reasons["cpu_wait"]["measured"] * stats["wall_s"])
 
 
 def test_a_rate_far_above_what_a_core_can_issue_is_invalid_and_ends_in_time(tmp_path: Path) -> None:

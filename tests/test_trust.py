@@ -339,6 +339,14 @@ def test_a_full_core_is_named_when_queries_were_late() -> None:
     assert trust_of(run)[1].keys() == {"lateness", "worker_cpu"}
 
 
+def test_a_cpu_that_others_had_is_named_when_queries_were_late() -> None:
+    wait = {"workers.0.stats.cpu_wait_s": 0.5, "workers.0.stats.wall_s": 20.0}
+    assert trust_of(with_facts(CLEAN, wait)) == ("VALID", {})
+    assert trust_of(with_facts(noisy_run([60] * 20), wait))[1].keys() == {"lateness", "cpu_wait"}
+    little = wait | {"workers.0.stats.cpu_wait_s": 0.2}
+    assert trust_of(with_facts(noisy_run([60] * 20), little))[1].keys() == {"lateness"}
+
+
 # --- achieved rate -------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from pathlib import Path
 
 from servebench.clock import now_ns
 
@@ -11,6 +12,17 @@ _BEAT_S = 0.005
 #: A gap this much longer than the beat is a stall; uvloop's own timers are 1 ms coarse.
 STALL_NS = 5_000_000
 _KEPT = 20
+
+
+def cpu_wait_ns() -> int | None:
+    """How long this process's main thread has been ready to run so far while others had its CPU; None where it is not counted.
+
+    The second field of ``schedstat`` (Linux, Documentation/scheduler/sched-stats.rst). What a hypervisor takes is not in it.
+    """
+    try:
+        return int(Path("/proc/self/schedstat").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError):
+        return None
 
 
 class StallMonitor:

@@ -35,7 +35,7 @@ import uvloop
 from servebench.clock import now_ns
 from servebench.engine.issuer import DeadlineSweep, Issuer
 from servebench.engine.requests import open_requests
-from servebench.engine.stalls import StallMonitor
+from servebench.engine.stalls import StallMonitor, cpu_wait_ns
 from servebench.errors import ServebenchError, TransportError
 from servebench.record.columns import Columns, HeaderSlot
 from servebench.record.outcome import Outcome
@@ -96,16 +96,19 @@ class Worker:
         """The judged queries."""
         recorder = Recorder(self._columns, keep=self._settings.keep_rows)
         collections = _collections()
+        waited_ns = cpu_wait_ns()
         before, wall_ns = resource.getrusage(resource.RUSAGE_SELF), now_ns()
         stalls = StallMonitor()
         await self._phase(recorder, start_ns)
         stalls.stop()
         after, wall_ns = resource.getrusage(resource.RUSAGE_SELF), now_ns() - wall_ns
+        waited_now_ns = cpu_wait_ns()
         self._columns.header[HeaderSlot.FINAL] = 1
         write_replies(Path(self._settings.replies), recorder.replies)
         stats = {
             "wall_s": wall_ns / 1e9,
             "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+            "cpu_wait_s": None if waited_ns is None or waited_now_ns is None else (waited_now_ns - waited_ns) / 1e9,
             "voluntary_switches": after.ru_nvcsw - before.ru_nvcsw,
             "involuntary_switches": after.ru_nivcsw - before.ru_nivcsw,
             "max_rss_bytes": after.ru_maxrss * 1024,

@@ -32,6 +32,8 @@ CLOCK_FLOOR_NS = 10_000_000
 SUSPEND_FLOOR_NS = 50_000_000
 #: CPU time of a worker, as a share of one core, from which on it has no time left to be punctual.
 FULL_CORE_SHARE = 0.9
+#: Time that a worker was ready to run while others had its CPU, as a share: when 1 % of the queries are late, it explains them.
+CPU_WAIT_SHARE = 0.01
 #: CPU time that the hypervisor gave to others, as a share.
 STEAL_SHARE = 0.05
 
@@ -44,6 +46,8 @@ def judge_trust(evidence: Evidence) -> dict[str, Any]:
     reasons = [reason for rule in _RULES for reason in rule(evidence)]
     late = any(reason.code in ("lateness", "loop_stall", "achieved_rate") for reason in reasons)
     reasons += _full_core(evidence, late)
+    if late:
+        reasons += _cpu_wait(evidence)
     reasons.sort(key=lambda reason: reason.severity != "INVALID")
     verdict: Trust = reasons[0].severity if reasons else "VALID"
     return {
@@ -279,6 +283,19 @@ def _full_core(evidence: Evidence, late: bool) -> list[Reason]:
             reasons.append(
                 Reason("worker_cpu", "DEGRADED", text, "use more client.workers or a lower rate", share, FULL_CORE_SHARE)
             )
+    return reasons
+
+
+def _cpu_wait(evidence: Evidence) -> list[Reason]:
+    """Why a worker was late: other processes ran on its CPU."""
+    reasons = []
+    for worker in evidence.run.workers:
+        stats = worker.get("stats") or {}
+        share = (stats.get("cpu_wait_s") or 0) / (stats.get("wall_s") or 1)
+        if share > CPU_WAIT_SHARE:
+            text = f"worker {worker['worker']} was ready to run for {say_share(share)} of the time while others had its CPU"
+            remedy = "keep the server and all else off the client's CPUs (client.apart, client.cpus)"
+            reasons.append(Reason("cpu_wait", "DEGRADED", text, remedy, share, CPU_WAIT_SHARE))
     return reasons
 
 
