@@ -81,10 +81,14 @@ def stub(tmp_path: Path, **options: Any) -> Iterator[RunningServer]:
         server.stop()
 
 
+#: SIGHUP: a test run under nohup ignores it, and so would its children, on purpose (see `interrupting`).
+_COMMAND = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from servebench.cli import main; main()"
+
+
 def start_command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """``servebench ARGUMENTS`` as a user would run it, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", "from servebench.cli import main; main()", *arguments],
+        [sys.executable, "-c", _COMMAND, *arguments],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
