@@ -42,7 +42,12 @@ class RunningServer(Protocol):
         """The server's combined stdout and stderr."""
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able facts for the report: name, version, command, model, config, pid."""
+        """JSON-able facts for the report: name, version, command, model, config, pid.
+
+        Where the server itself does not describe the model's tensors (TorchServe), ``inputs`` and ``outputs`` do: a
+        list of objects with ``name``, ``datatype`` (KServe's) and ``shape``; if every input's begins with -1, that is
+        the axis of rows, which a query has one of.
+        """
 
     def config_files(self) -> list[Path]:
         """Rendered configuration to keep with the run (e.g. ``config.pbtxt``)."""

@@ -107,7 +107,7 @@ class Endpoint(_Section):
     tensor_format: Literal["binary", "json"] = "binary"
     """How tensors travel over `kserve-http`: KServe's binary tensor extension, or plain JSON numbers. gRPC is always binary."""
     body: Literal["raw", "multipart", "instances"] = "raw"
-    """What `torchserve-http` posts: the tensor's bytes (or a file) to `/predictions`, the same as a multipart form, or JSON instances to `/v1/models/M:predict`."""
+    """What `torchserve-http` posts: the tensor's bytes (or a file) to `/predictions`, a multipart form with a field for each input, or JSON instances to `/v1/models/M:predict`. Models of several inputs take the last two."""
     parameters: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Request parameters sent with every query, e.g. `priority` or `timeout` (Triton, in microseconds)."""
     headers: dict[str, str] = Field(default_factory=dict)
@@ -152,6 +152,8 @@ class Samples(_Section):
     """Rows of each input in one query (the client-side batch)."""
     shapes: dict[str, list[int]] = Field(default_factory=dict)
     """Shape per input without the batch axis, where the model leaves sizes open (-1)."""
+    limits: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Where `random` integers of an input end: they are 0 or more, and less than this; e.g. `{TOKEN_TYPE_IDS: 2}`. 128 when omitted, for 8-bit ones all they can be."""
     payload_seed: Seed = 0
     """Seed of `random` tensors."""
     order: Literal["with_replacement", "equal_issue", "unique", "same"] = "with_replacement"
@@ -172,6 +174,8 @@ class Samples(_Section):
                 raise ValueError(f"path: source {self.source!r} reads no file; use source npz, npy or perf-analyzer")
         elif self.path is None:
             raise ValueError(f"path: source {self.source!r} needs a path")
+        if self.limits and self.source != "random":
+            raise ValueError(f"limits: for source random, found source {self.source!r}")
         return self
 
 

@@ -120,9 +120,9 @@ def test_zero(datatype: str) -> None:
     assert array.dtype == DATATYPES[datatype] or array.dtype.kind == "S"
 
 
-def random_values(datatype: str, *, seed: int = 0) -> Array:
+def random_values(datatype: str, *, seed: int = 0, **settings: Any) -> Array:
     """4000 values of one input, in the library's order."""
-    library = build([TensorSpec("x", datatype, (-1, 20))], None, count=50, batch_size=4, payload_seed=seed)
+    library = build([TensorSpec("x", datatype, (-1, 20))], None, count=50, batch_size=4, payload_seed=seed, **settings)
     return np.concatenate([library.arrays(index)["x"].ravel() for index in range(50)])
 
 
@@ -153,6 +153,39 @@ def test_random_integers_are_uniform_in_their_range(datatype: str, low: int, cou
     assert len(found) == count
     assert found.min() > 0
     assert stats.chisquare(found).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("datatype", ["INT8", "UINT8", "INT16", "INT64", "UINT64"])
+def test_random_integers_end_below_their_limit(datatype: str) -> None:
+    values = random_values(datatype, limits={"x": 3})
+    assert values.dtype == DATATYPES[datatype]
+    assert stats.chisquare([(values == value).sum() for value in (0, 1, 2)], [4000 / 3] * 3).pvalue > 1e-4
+
+
+def test_a_limit_is_of_its_input_alone() -> None:
+    specs = [TensorSpec("x", "INT64", (-1, 20)), TensorSpec("y", "INT64", (-1, 20))]
+    with_limit, without = build(specs, limits={"x": 2}).arrays(0), build(specs).arrays(0)
+    assert with_limit["x"].max() == 1
+    assert (with_limit["y"] == without["y"]).all()
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        pytest.param({"z": 2}, "'z' is not an integer input of the model; those: i, u", id="name"),
+        pytest.param({"f": 2}, "'f' is not an integer input", id="float"),
+        pytest.param({"b": 2}, "'b' is not an integer input", id="BF16, whose dtype is one"),
+        pytest.param({"u": 257}, "samples.limits.u: found 257, at most 256 is possible", id="beyond UINT8"),
+        pytest.param({"i": 129}, "samples.limits.i: found 129, at most 128 is possible", id="beyond INT8"),
+    ],
+)
+def test_bad_limits(limits: dict[str, int], message: str) -> None:
+    specs = [
+        TensorSpec(name, datatype, (-1, 2)) for name, datatype in {"i": "INT8", "u": "UINT8", "f": "FP32", "b": "BF16"}.items()
+    ]
+    build(specs, limits={"i": 128, "u": 256})
+    with pytest.raises(ProfileError, match=f"^samples.limits.*{message.removeprefix('samples.limits')}"):
+        build(specs, limits=limits)
 
 
 def test_random_strings_are_ascii_of_perf_analyzers_default_length() -> None:

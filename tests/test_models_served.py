@@ -67,7 +67,7 @@ class Case:
         with torch.inference_mode():
             outputs = [
                 network(*(torch.from_numpy(array[row : row + 1]) for array in self.inputs.values()))
-                for row in range(FULL_BATCH)
+                for row in range(len(next(iter(self.inputs.values()))))
             ]
         torch.set_num_threads(threads)
         expected: Array = torch.cat(outputs).numpy()

@@ -253,6 +253,12 @@ NOT_AN_ADDRESS = "is not an http://, https://, grpc:// or grpcs:// address"
         pytest.param(
             "samples.path=x.npz", "samples: path: source 'random' reads no file; use source npz, npy", id="path unused"
         ),
+        pytest.param(
+            "samples={source: zero, limits: {X: 2}}",
+            "samples: limits: for source random, found source 'zero'",
+            id="limits unused",
+        ),
+        pytest.param("samples.limits={X: 0}", "samples.limits.X: input should be greater than or equal to 1", id="limit 0"),
         pytest.param("samples.source=npy", "samples: path: source 'npy' needs a path", id="npy without path"),
         pytest.param(
             "samples.source=perf-analyzer", "samples: path: source 'perf-analyzer' needs a path", id="json without path"

@@ -228,6 +228,10 @@ def test_commands_for_a_torchserve() -> None:
         profile = loaded(line)
         assert profile.name == f"digits-torchserve-{framing}"
         assert (profile.server.url, profile.server.management_url) == (TORCH[framing], TORCH["management"])
+    for line, framing in zip(run_lines("torchserve", server, "dlrm"), ("http", "grpc"), strict=True):  # type: ignore[arg-type]
+        endpoint = loaded(line).endpoint
+        assert (endpoint.model, endpoint.protocol) == ("dlrm", f"torchserve-{framing}")
+        assert endpoint.body == ("multipart" if framing == "http" else "raw")
     assert run_lines("torchserve", server, "mine") == []  # type: ignore[arg-type]
     assert run_lines("somebody's", server, "digits") == []  # type: ignore[arg-type]
 

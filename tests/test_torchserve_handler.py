@@ -139,6 +139,12 @@ def test_open_sizes_follow_from_the_number_of_bytes(length: int) -> None:
         pytest.param(
             {"DENSE": bytes(16), "SPARSE": bytes(8)}, CLICK, r"\[2, 1\] rows, not equally many", id="rows of one input only"
         ),
+        pytest.param(
+            {"DENSE": bytes(8)}, CLICK, "found the fields DENSE; send bytes for each of DENSE, SPARSE", id="a field left out"
+        ),
+        pytest.param(
+            {"DENSE": bytes(8), "SPARSE": "7"}, CLICK, "found the fields DENSE, SPARSE; send bytes", id="a field of text"
+        ),
         pytest.param({"body": bytes(24)}, TOKENS, "24 bytes are not one row", id="half a token"),
         pytest.param({"body": bytes(4 * 5)}, TILE, "20 bytes are not one row", id="no square"),
     ],

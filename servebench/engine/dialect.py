@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from servebench.errors import ProfileError
 from servebench.load.library import SampleLibrary
-from servebench.load.undeclared import input_specs, specs_of_file
+from servebench.load.undeclared import input_specs, launched_specs, specs_of_file
 from servebench.profile import Endpoint, Profile
 from servebench.wire.http1 import encode_request, parse_reply
 from servebench.wire.kserve import KServeHttp
@@ -31,8 +31,25 @@ class Reply(NamedTuple):
     body: bytes
 
 
+def launched_model(model: ModelMetadata, described: Mapping[str, Any]) -> ModelMetadata:
+    """``model``, with its tensors declared by its launcher where the server does not describe them.
+
+    ``described`` is `RunningServer.describe`'s. `LaunchError` for declarations that are none.
+    """
+    if model.inputs:
+        return model
+    inputs, outputs = launched_specs(described)
+    return replace(model, inputs=inputs, outputs=outputs, max_batch_size=0)
+
+
 def declared_model(profile: Profile, model: ModelMetadata) -> ModelMetadata:
-    """``model``, with its tensors declared by the profile's files where the server does not describe them."""
+    """``model``, with its tensors declared by the profile's files where nobody else does.
+
+    Files that are whole bodies are no tensors, whatever the model takes; and they may hold several rows, so that
+    the size of a reply is anyone's guess. `ProfileError` where the samples do not tell what the inputs are.
+    """
+    if profile.samples.source == "files":
+        model = replace(model, inputs=(), outputs=())
     if not model.inputs:
         model = replace(model, inputs=input_specs(profile.samples), max_batch_size=0)
     if not model.outputs and profile.output_check.golden is not None:

@@ -27,7 +27,7 @@ from servebench.engine.arrangement import Arrangement
 from servebench.engine.asking import control_of_run
 from servebench.engine.closing import check_outputs, merge_errors
 from servebench.engine.cpus import kept_off, with_cpus_named
-from servebench.engine.dialect import encode_library
+from servebench.engine.dialect import encode_library, launched_model
 from servebench.engine.fleet import Fleet, WorkerEnd
 from servebench.engine.hosting import interrupting, launched, launcher_options
 from servebench.engine.preparation import (
@@ -147,7 +147,8 @@ class _Run:
 
     async def _measured(self, found: Discovery, url: str, headers: list[tuple[str, str]]) -> None:
         profile, facts, directory = self._profile, self._facts, self._directory
-        preparation = prepare(profile, found.model)
+        model = found.model if self.server is None else launched_model(found.model, self.server.describe())
+        preparation = prepare(profile, model)
         if profile.endpoint.protocol.startswith("torchserve"):
             first = next(encode_library(preparation.protocol, preparation.library, url, headers))
             await probe(transport_settings(profile, preparation, url, headers), first)

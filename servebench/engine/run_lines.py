@@ -48,7 +48,8 @@ def _profile_for(launcher: str, model: str, protocol: str) -> tuple[str | None, 
     if protocol in fitting:
         return fitting[protocol], {}
     if fitting:
-        return next(iter(fitting.values())), {"endpoint.protocol": protocol}
+        # The whole section: other keys of it may be those of the other protocol.
+        return next(iter(fitting.values())), {"endpoint": {"model": model, "protocol": protocol}}
     if family == "kserve":
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", model).lstrip("._-") or "served"
         return _FOR_ANY_MODEL, {"name": name, "endpoint": {"model": model, "protocol": protocol}}

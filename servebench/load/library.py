@@ -95,7 +95,8 @@ def build_library(
     if samples.path is None:
         _require_closed(specs)
         count = samples.count * (batch_size or 1)
-        make = _zeros if samples.source == "zero" else _Random(samples.payload_seed).rows
+        _check_limits(samples.limits, specs)
+        make = _zeros if samples.source == "zero" else _Random(samples.payload_seed, samples.limits).rows
         rows = {spec.name: make(spec, count) for spec in specs}
     elif samples.source == "npz":
         rows = read_npz(samples.path, specs, what="input")
@@ -216,6 +217,17 @@ def _example(spec: TensorSpec) -> list[int]:
     return [_OPEN_SIZE_EXAMPLE if size == -1 else size for size in spec.shape]
 
 
+def _check_limits(limits: Mapping[str, int], specs: Sequence[TensorSpec]) -> None:
+    integers = {spec.name: np.iinfo(numpy_dtype(spec.datatype)) for spec in specs if "INT" in spec.datatype}
+    for name, limit in limits.items():
+        if name not in integers:
+            raise ProfileError(
+                f"samples.limits: {name!r} is not an integer input of the model; those: {', '.join(integers) or 'none'}"
+            )
+        if limit > integers[name].max + 1:
+            raise ProfileError(f"samples.limits.{name}: found {limit}, at most {integers[name].max + 1} is possible")
+
+
 def _zeros(spec: TensorSpec, count: int) -> Array:
     zero = np.array(b"") if spec.datatype == "BYTES" else np.zeros((), numpy_dtype(spec.datatype))
     return np.broadcast_to(zero, (count, *spec.shape))
@@ -224,11 +236,12 @@ def _zeros(spec: TensorSpec, count: int) -> Array:
 class _Random:
     """Seeded rows (PCG64), an independent stream per input in the model's order."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, limits: Mapping[str, int]) -> None:
         self._seeds = np.random.SeedSequence(seed)
+        self._limits = limits
 
     def rows(self, spec: TensorSpec, count: int) -> Array:
-        """Floats in [0, 1), every value of 8-bit integers, wider integers in [0, 128), booleans, letters and digits."""
+        """Floats in [0, 1), booleans, text; integers in [0, limit), or else all of 8 bits, wider ones in [0, 128)."""
         random = np.random.Generator(np.random.PCG64(self._seeds.spawn(1)[0]))
         shape, dtype = (count, *spec.shape), numpy_dtype(spec.datatype)
         match spec.datatype:
@@ -244,11 +257,11 @@ class _Random:
                 return (singles.view(np.uint32) >> 16).astype(dtype)
             case "FP32" | "FP64":
                 return random.random(shape, np.float32 if spec.datatype == "FP32" else np.float64)
-            case "INT8" | "UINT8":
+            case "INT8" | "UINT8" if spec.name not in self._limits:
                 limits = np.iinfo(dtype)
                 return random.integers(limits.min, limits.max, size=shape, dtype=dtype, endpoint=True)
             case _:
-                return random.integers(_RANDOM_INTEGER_LIMIT, size=shape, dtype=dtype)
+                return random.integers(self._limits.get(spec.name, _RANDOM_INTEGER_LIMIT), size=shape, dtype=dtype)
 
 
 # --- perf_analyzer's input JSON ------------------------------------------------------------

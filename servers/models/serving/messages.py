@@ -6,10 +6,10 @@ TorchServe's ``batchSize`` counts requests, not rows.
 =============  ===================================================  =======================================
 form           request                                              reply
 =============  ===================================================  =======================================
-``raw``        the inputs' little-endian bytes, one input after     the output's little-endian bytes
-               the other: an HTTP body, or a multipart field or
-               gRPC input called ``data``; or a multipart field or
-               gRPC input for each input, called by its name
+``raw``        a multipart field or gRPC input for each input,      the output's little-endian bytes
+               called by its name, with its little-endian bytes;
+               or all inputs' bytes, one input after the other,
+               as HTTP body, or field or gRPC input ``data``
 ``instances``  ``{"instances": [row, ...]}``; a row is an array, or  ``{"predictions": [row, ...]}``
                for several inputs an object of arrays by name
 ``inputs``     KServe v2: every input with name, datatype, shape    KServe v2: the output, and the
@@ -55,6 +55,8 @@ def parse(row: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Request:
     """The request in a row as TorchServe hands it over; `BadRequestError` says what is wrong with it."""
     if all(isinstance(row.get(spec.name), bytes | bytearray) for spec in inputs):
         return _checked(Request(tuple(_from_bytes(row[spec.name], [spec])[0] for spec in inputs), "raw"), inputs)
+    if len(inputs) > 1 and any(spec.name in row for spec in inputs):
+        raise BadRequestError(f"found the fields {', '.join(row)}; send bytes for each of {_names(inputs)}")
     body = row.get("data", row.get("body"))
     if isinstance(body, bytes | bytearray):
         return Request(_from_bytes(body, inputs), "raw")
@@ -62,9 +64,9 @@ def parse(row: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Request:
         return _checked(Request(_from_instances(body["instances"], inputs), "instances"), inputs)
     if isinstance(body, dict) and "inputs" in body:
         return _checked(Request(_from_v2(body["inputs"], inputs), "inputs", body.get("id")), inputs)
-    names = ", ".join(spec.name for spec in inputs)
     raise BadRequestError(
-        f'send the bytes of {names} as application/octet-stream, or a JSON object with "instances" or "inputs"'
+        f"send the bytes of {_names(inputs)} as application/octet-stream or as fields of these names, "
+        'or a JSON object with "instances" or "inputs"'
     )
 
 
@@ -91,6 +93,10 @@ def render(request: Request, output: Array, spec: TensorSpec, *, model: str, ver
 def render_error(message: str) -> tuple[bytes, str]:
     """The reply to a request that cannot be answered (KServe's form), and its content type."""
     return json.dumps({"error": message}).encode(), _JSON
+
+
+def _names(inputs: Sequence[TensorSpec]) -> str:
+    return ", ".join(spec.name for spec in inputs)
 
 
 def _from_bytes(body: bytes | bytearray, inputs: Sequence[TensorSpec]) -> tuple[Array, ...]:
@@ -133,7 +139,7 @@ def _from_instances(instances: Any, inputs: Sequence[TensorSpec]) -> tuple[Array
     if len(inputs) == 1:
         return (_from_numbers("instances", instances, inputs[0]),)
     if not isinstance(instances, list) or not all(isinstance(one, dict) for one in instances):
-        raise BadRequestError(f'"instances" has to hold objects with {", ".join(spec.name for spec in inputs)}')
+        raise BadRequestError(f'"instances" has to hold objects with {_names(inputs)}')
     return tuple(_from_numbers(spec.name, [one.get(spec.name) for one in instances], spec) for spec in inputs)
 
 
@@ -151,7 +157,7 @@ def _from_v2(tensors: Any, inputs: Sequence[TensorSpec]) -> tuple[Array, ...]:
                     f'"inputs" has to hold {spec.name} with datatype {spec.datatype}, shape, and data as JSON numbers'
                 )
     if len(tensors) > len(inputs):
-        raise BadRequestError(f'"inputs" has to hold {", ".join(spec.name for spec in inputs)} and nothing else')
+        raise BadRequestError(f'"inputs" has to hold {_names(inputs)} and nothing else')
     return tuple(arrays)
 
 
