@@ -37,7 +37,7 @@ class StubOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    service: Service = Service(kind="constant", mean_ms=5.0)
+    service: Service = Service(kind="constant", mean_ms=2.0)
     """How long it works on a query."""
     queue_limit: Annotated[int, Field(ge=0)] | None = None
     """Most queries that may wait, not counting those in service; one beyond it gets status 503 (gRPC: UNAVAILABLE) at once."""

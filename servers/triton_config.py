@@ -38,7 +38,7 @@ class DynamicBatching(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class TritonModelConfig:
-    """The settings of one model on Triton's Python backend. Dims leave out the batch axis."""
+    """The settings of one model. Dims leave out the batch axis."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -49,17 +49,18 @@ class TritonModelConfig:
     parameters: Mapping[str, str]
     groups: tuple[InstanceGroup, ...] = (InstanceGroup("KIND_CPU"),)
     ragged: bool = False  #: requests of different sizes may share a batch
+    backend: str = "python"
 
     @property
     def instance_count(self) -> int:
-        """Instances on all devices, one process each."""
+        """Instances on all devices."""
         return self.instances_per_device * sum(len(group.gpus) or 1 for group in self.groups)
 
     def render(self) -> str:
         """The ``config.pbtxt`` of this configuration."""
         lines = [
             f"name: {_quoted(self.name)}",
-            'backend: "python"',
+            f"backend: {_quoted(self.backend)}",
             f"max_batch_size: {self.max_batch_size}",
             *(f"input {_tensor(spec, ragged=self.ragged)}" for spec in self.inputs),
             *(f"output {_tensor(spec)}" for spec in self.outputs),

@@ -80,7 +80,7 @@ def wheel_installation(site_packages: Path | None, python: tuple[int, int]) -> T
     """The Triton inside the nvidia-pytriton wheel, for a Python version; ``site_packages`` is None where there is no wheel."""
     if site_packages is None:
         raise LaunchError(f"the Triton server is not installed; {INSTALL_HINT}, or set binary to a {SERVER_NAME}")
-    root = site_packages / "pytriton" / "tritonserver"
+    root = _wheel_root(site_packages)
     stubs = {path.parent.name: path for path in (root / "python_backend_stubs").glob(f"*/{STUB_NAME}")}
     version = ".".join(map(str, python))
     if version not in stubs:
@@ -88,7 +88,7 @@ def wheel_installation(site_packages: Path | None, python: tuple[int, int]) -> T
         raise LaunchError(f"{WHEEL} has no Python backend for Python {version}; run servebench with one of: {known}")
     return TritonInstallation(
         label=f"{WHEEL} {installed_version(WHEEL)}",
-        server=root / "bin" / SERVER_NAME,
+        server=_server_of(root),
         python_backend=root / "backends" / "python",
         stub=stubs[version],
         # Once linked elsewhere, the backend's own relative search path leads nowhere.
@@ -102,11 +102,7 @@ def binary_installation(binary: str, python: tuple[int, int], search_path: str |
 
     Expects Triton's usual layout, ``bin/tritonserver`` beside ``backends/python/``.
     """
-    found = shutil.which(SERVER_NAME if binary == "PATH" else binary, path=search_path)
-    if found is None:
-        where = f"there is no {SERVER_NAME} on the PATH" if binary == "PATH" else f"{binary}: no such program"
-        raise LaunchError(f"{where}; omit binary to use the one of {WHEEL} ({INSTALL_HINT})")
-    server = Path(found).resolve()
+    server = _named_server(binary, search_path)
     python_backend = server.parent.parent / "backends" / "python"
     stub = python_backend / STUB_NAME
     if not stub.is_file():
@@ -125,8 +121,15 @@ def find_installation(binary: str | None) -> TritonInstallation:
     python = (sys.version_info.major, sys.version_info.minor)
     if binary is not None:
         return binary_installation(binary, python, os.environ.get("PATH"))
-    spec = importlib.util.find_spec("pytriton")
-    return wheel_installation(Path(spec.origin).parent.parent if spec and spec.origin else None, python)
+    return wheel_installation(_wheel_site_packages(), python)
+
+
+def find_server(binary: str | None) -> Path | None:
+    """The ``tritonserver`` alone, whatever it can host: the wheel's where ``binary`` is None, and None without a wheel."""
+    if binary is not None:
+        return _named_server(binary, os.environ.get("PATH"))
+    site_packages = _wheel_site_packages()
+    return None if site_packages is None else _server_of(_wheel_root(site_packages))
 
 
 def check_glibc(version: str | None, minimum: tuple[int, int]) -> None:
@@ -196,6 +199,27 @@ def trace_libraries(program: Path, env: Mapping[str, str]) -> str:
         [program], env={**env, "LD_TRACE_LOADED_OBJECTS": "1"}, capture_output=True, text=True, timeout=10, check=False
     )
     return traced.stdout + traced.stderr
+
+
+def _named_server(binary: str, search_path: str | None) -> Path:
+    found = shutil.which(SERVER_NAME if binary == "PATH" else binary, path=search_path)
+    if found is None:
+        where = f"there is no {SERVER_NAME} on the PATH" if binary == "PATH" else f"{binary}: no such program"
+        raise LaunchError(f"{where}; omit binary to use the one of {WHEEL} ({INSTALL_HINT})")
+    return Path(found).resolve()
+
+
+def _wheel_site_packages() -> Path | None:
+    spec = importlib.util.find_spec("pytriton")
+    return Path(spec.origin).parent.parent if spec and spec.origin else None
+
+
+def _wheel_root(site_packages: Path) -> Path:
+    return site_packages / "pytriton" / "tritonserver"
+
+
+def _server_of(root: Path) -> Path:
+    return root / "bin" / SERVER_NAME
 
 
 def _glibc_version() -> str | None:

@@ -515,7 +515,7 @@ def test_the_launcher_is_installed_under_its_name(tmp_path):
             assert client.is_model_ready("any name")
         facts = server.describe()
         assert json.loads(json.dumps(facts)) == facts
-        assert facts["service"] == "constant, mean 5 ms; one server, first come first served, no limit"
+        assert facts["service"] == "constant, mean 2 ms; one server, first come first served, no limit"
         assert StubOptions(**facts["config"]) == StubOptions()
         assert psutil.Process(facts["pid"]).cmdline() == facts["command"]
         assert server.exit_code() is None

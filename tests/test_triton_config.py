@@ -52,6 +52,7 @@ def as_triton_reads(rendered: str) -> dict[str, Any]:
     ("changes", "expected"),
     [
         pytest.param({"max_batch_size": 1}, {"max_batch_size": 1}, id="no server-side batch"),
+        pytest.param({"backend": "pytorch"}, {"backend": "pytorch", "name": "digits"}, id="another backend"),
         pytest.param({"instances_per_device": 3}, {"instance_group": [{"count": 3, "kind": "KIND_CPU"}]}, id="three instances"),
         pytest.param(
             {"groups": (InstanceGroup("KIND_GPU", (0, 2)),)},

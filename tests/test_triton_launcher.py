@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -360,6 +362,63 @@ def test_scripted_server_that_fails_is_ended(scripted: Callable[..., TritonServe
     assert children() == before
 
 
+# ---- TorchScript ---------------------------------------------------------------------------
+
+
+def launch_torchscript(work: Path, **options: Any) -> TritonServer:
+    return TritonLauncher().launch("digits", TritonOptions(backend="torchscript", device="cpu", **options), work)
+
+
+def test_torchscript_needs_the_backend_before_anything_is_written(tmp_path: Path) -> None:
+    server = make_triton(tmp_path / "triton", "#!/bin/sh\nexit 1\n")
+    text = refusal(lambda: launch_torchscript(tmp_path / "work", binary=str(server)))
+    library = tmp_path / "triton" / "backends" / "pytorch" / "libtriton_pytorch.so"
+    assert text.startswith(f"backend: {server} has no PyTorch backend ({library} is missing); use container")
+    assert not (tmp_path / "work").exists()
+    text = refusal(lambda: launch_torchscript(tmp_path / "work", binary="/no/tritonserver"))
+    assert text.startswith("/no/tritonserver: no such program")
+
+
+@needs_wheel
+def test_the_wheel_has_no_torchscript(tmp_path: Path) -> None:
+    server = triton_install.find_installation(None).server
+    text = refusal(lambda: launch_torchscript(tmp_path / "work"))
+    assert text.startswith(f"backend: {server} has no PyTorch backend (") and text.endswith("or backend: python")
+    assert not (tmp_path / "work").exists()
+
+
+def test_no_triton_at_all_has_no_torchscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "none is installed; use container" in refusal(lambda: launch_torchscript(tmp_path / "work"))
+
+
+def test_torchscript_on_a_full_triton(tmp_path: Path, heldout: dict[str, NDArray[Any]]) -> None:
+    """The server is a script; what it would load is the network, and its backends are looked for in the installation."""
+    torch = pytest.importorskip("torch")
+    script = SCRIPTED.replace("BATCH", "16").replace("READY", "200")
+    binary = make_triton(tmp_path / "triton", script, stub=None)  # needs no Python backend
+    library = tmp_path / "triton" / "backends" / "pytorch" / "libtriton_pytorch.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    server = launch_torchscript(tmp_path / "work", binary=str(binary))
+    try:
+        facts = json.loads(json.dumps(server.describe()))
+    finally:
+        server.stop()
+    assert f"--backend-directory={tmp_path / 'triton' / 'backends'}" in facts["command"]
+    assert (facts["backend"], facts["distribution"], facts["torch"]) == ("torchscript", str(binary), "the backend's own")
+    assert facts["traced_by_torch"] == torch.__version__
+    assert facts["weights"]["sha256"] == hashlib.sha256(DIGITS.weights_path.read_bytes()).hexdigest()
+    assert 'backend: "pytorch"' in facts["config"] and 'backend: "pytorch"' in server.config_files()[0].read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
+        network = torch.jit.load(tmp_path / "work" / "model_repository" / "digits" / "1" / "model.pt")
+    for rows in (1, 16):
+        with torch.inference_mode():
+            logits = network(torch.from_numpy(heldout["IMAGE"][:rows])).numpy()
+        np.testing.assert_allclose(logits, heldout["LOGITS"][:rows], rtol=1e-3, atol=1e-4)
+
+
 # ---- the real server -----------------------------------------------------------------------
 
 
@@ -528,6 +587,31 @@ def test_corrupt_weights_fail_the_launch_and_leave_nothing(tmp_path: Path) -> No
     assert "does not hold the digits network's weights" in caught.value.log_tail
     assert children() == before
     assert shm_regions() == regions
+
+
+@needs_wheel
+@pytest.mark.triton
+def test_weights_of_the_hub_cache_are_what_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heldout: dict[str, NDArray[Any]]
+) -> None:
+    torch = pytest.importorskip("torch")
+    network = importlib.import_module("servebench_servers.models.digits.network").build().eval()
+    snapshot = tmp_path / "hub" / "models--me--my-digits" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    torch.save(network.state_dict(), snapshot / "pytorch_model.bin")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("c0ffee")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    server = TritonLauncher().launch("digits", TritonOptions(weights_hub="me/my-digits"), tmp_path / "work")
+    try:
+        facts = server.describe()
+        with client_of(server) as client:
+            answer = infer(client, heldout["IMAGE"][:4])
+    finally:
+        server.stop()
+    with torch.inference_mode():
+        np.testing.assert_allclose(answer, network(torch.from_numpy(heldout["IMAGE"][:4])).numpy(), rtol=1e-3, atol=1e-4)
+    assert facts["weights"]["origin"] == "hub cache, me/my-digits@main, commit c0ffee, pytorch_model.bin"
 
 
 @needs_wheel

@@ -38,6 +38,7 @@ class HostedModel:
     uses_torch: bool = True
     pads: bool = False  #: queries of different sizes can share a batch
     precisions: tuple[str, ...] = ("fp32",)
+    traced_size: int = 1  #: that open axes may have, for an example to trace the network with
     weights_file: str | None = None  #: of the shipped weights, in ``folder``; None where weights come from a seed
     weights_origin: str | None = None  #: how the shipped weights were made, for people
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError, field_validator, model_validator
 
 from servebench.errors import LaunchError
 
@@ -15,9 +16,10 @@ from ..devices import Inventory, Placement, check_device_name, check_precision, 
 from ..host import installed_version
 from . import MODELS, HostedModel
 from .hosted import Settings, TensorSpec
+from .hub import check_hub_name, find_weights
 
-#: Name of the weights in a rendered repository or archive.
-WEIGHTS_NAME = "weights.pt"
+#: Name of the weights in a rendered repository or archive, without suffix.
+WEIGHTS_STEM = "weights"
 
 
 class HostingOptions(BaseModel):
@@ -28,7 +30,10 @@ class HostingOptions(BaseModel):
     model_options: dict[str, Any] = Field(default_factory=dict)
     """The model's own options, e.g. `{a_ms: 5, b_ms: 0.5}` for `delay`, `{size: large}` for `bert`."""
     weights: FilePath | None = None
-    """File with weights of the network (a torch state dict). When omitted: the shipped ones, or random ones where none ship."""
+    """File with weights of the network: a torch state dict, or `.safetensors`. When omitted: `weights_hub`, else the shipped
+    ones, or random ones where none ship."""
+    weights_hub: str | None = None
+    """Weights in this machine's Hugging Face cache, never fetched: `ORGANISATION/NAME` or `ORGANISATION/NAME@REVISION`."""
     weights_seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of random weights (`resnet50`, `bert`, `dlrm` and `unet` ship none)."""
     device: str = "auto"
@@ -37,6 +42,17 @@ class HostingOptions(BaseModel):
     """Of weights and arithmetic; tensors travel as declared. `int8` quantises linear layers dynamically, on CPUs only."""
     torch_threads: int = Field(default=1, ge=1)
     """Threads torch uses in each process of the model; processes x threads beyond the number of CPUs slow each other down."""
+
+    @field_validator("weights_hub")
+    @classmethod
+    def _is_a_hub_name(cls, name: str | None) -> str | None:
+        return None if name is None else check_hub_name(name)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.weights is not None and self.weights_hub is not None:
+            raise ValueError("weights come from a file (weights) or from the hub cache (weights_hub), not from both")
+        return self
 
     @field_validator("device")
     @classmethod
@@ -52,11 +68,8 @@ class Hosting:
     options: HostingOptions
     settings: Settings
     placement: Placement
-
-    @property
-    def weights(self) -> Path | None:
-        """The file of weights to put beside the code; None where they are drawn from the seed."""
-        return self.options.weights or self.model.weights_path
+    weights: Path | None  #: the file to put beside the code; None where they are drawn from the seed
+    weights_origin: str  #: for people
 
     def facts(self, *, processes: int, cpus: int) -> dict[str, Any]:
         """What a report says about the model, which ``processes`` processes host on ``cpus`` CPUs."""
@@ -82,11 +95,9 @@ class Hosting:
 
     def _weights_facts(self) -> dict[str, Any]:
         if self.weights is None:
-            drawn = f"random, seed {self.options.weights_seed}, torch {installed_version('torch')}"
-            return {"origin": drawn, "sha256": None}
-        origin = str(self.options.weights or self.model.weights_origin)
+            return {"origin": self.weights_origin, "sha256": None}
         with self.weights.open("rb") as file:
-            return {"origin": origin, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            return {"origin": self.weights_origin, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def prepare(name: str, options: HostingOptions, *, server: str, present: Inventory | None = None) -> Hosting:
@@ -98,8 +109,9 @@ def prepare(name: str, options: HostingOptions, *, server: str, present: Invento
     if name not in MODELS:
         raise LaunchError(f"there is no model called {name!r} to host on {server}; known: {', '.join(sorted(MODELS))}")
     model = MODELS[name]
-    if options.weights is not None and not model.uses_torch:
-        raise LaunchError(f"weights: {name} has none")
+    for key in ("weights", "weights_hub"):
+        if getattr(options, key) is not None and not model.uses_torch:
+            raise LaunchError(f"{key}: {name} has none")
     if options.precision not in model.precisions:
         raise LaunchError(f"precision: {name} has no {options.precision}; it has {', '.join(model.precisions)}")
     if not model.uses_torch:
@@ -107,6 +119,7 @@ def prepare(name: str, options: HostingOptions, *, server: str, present: Invento
     else:
         placement = place(options.device) if present is None else choose(options.device, present)
     check_precision(options.precision, placement.kind)
+    weights, origin = _weights(model, options)
     settings = Settings(
         model=name,
         inputs=model.inputs,
@@ -114,14 +127,31 @@ def prepare(name: str, options: HostingOptions, *, server: str, present: Invento
         uses_torch=model.uses_torch,
         pads=model.pads,
         options=_model_options(model, options.model_options),
-        weights=WEIGHTS_NAME if options.weights or model.weights_file else None,
+        weights=None if weights is None else f"{WEIGHTS_STEM}{_suffix(weights)}",
         seed=options.weights_seed,
         devices=placement.torch_devices,
         device_plugin=placement.torch_plugin,
         precision=options.precision,
         torch_threads=options.torch_threads,
     )
-    return Hosting(model, options, settings, placement)
+    return Hosting(model, options, settings, placement, weights, origin)
+
+
+def _weights(model: HostedModel, options: HostingOptions) -> tuple[Path | None, str]:
+    """The file of weights, None where they are drawn from the seed; and where they come from, for people."""
+    if options.weights is not None:
+        return options.weights, str(options.weights)
+    if options.weights_hub is not None:
+        found = find_weights(options.weights_hub, os.environ)
+        return found.path, found.origin
+    if model.weights_path is not None:
+        return model.weights_path, str(model.weights_origin)
+    return None, f"random, seed {options.weights_seed}, torch {installed_version('torch')}"
+
+
+def _suffix(weights: Path) -> str:
+    """Processes tell formats apart by it; everything else is a torch state dict, whatever it is called."""
+    return weights.suffix if weights.suffix == ".safetensors" else ".pt"
 
 
 def _model_options(model: HostedModel, given: dict[str, Any]) -> dict[str, Any]:

@@ -37,5 +37,6 @@ BERT = HostedModel(
     output=TensorSpec("LOGITS", "FP32", (-1, 2)),
     options=BertOptions,
     pads=True,
+    traced_size=8,
     precisions=("fp32", "bf16", "fp16", "int8"),
 )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,9 +29,10 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         """Token numbers ``[N, L]`` to ``[N, L, width]``."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        # Not looked up by number: a trace would keep the numbers on the device that it was made on.
+        positions = self.position_embeddings.weight[: input_ids.shape[1]]
         summed = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-        normed: Tensor = self.LayerNorm(summed + self.position_embeddings(positions))
+        normed: Tensor = self.LayerNorm(summed + positions)
         return normed
 
 
@@ -117,6 +117,11 @@ class BertForQuestionAnswering(nn.Module):
                 nn.init.normal_(module.weight, std=_INITIAL_DEVIATION)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+
+    @staticmethod
+    def rename_weight(name: str) -> str:
+        """Ours for a name in a published state dict: those converted from TensorFlow call a norm's two gamma and beta."""
+        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
     @staticmethod
     def check_inputs(input_ids: Any, attention_mask: Any, token_type_ids: Any) -> None:

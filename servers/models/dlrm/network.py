@@ -47,8 +47,8 @@ class Dlrm(nn.Module):
         embedded = [table(categories[:, number]) for number, table in enumerate(self.emb_l)]
         features = torch.stack([x, *embedded], dim=1)
         products = torch.bmm(features, features.transpose(1, 2))
-        first, second = self.get_buffer("_pairs")
-        click: Tensor = self.top_l(torch.cat([x, products[:, first, second]], dim=1))
+        pairs = self.get_buffer("_pairs")
+        click: Tensor = self.top_l(torch.cat([x, products[:, pairs[0], pairs[1]]], dim=1))
         return click
 
 

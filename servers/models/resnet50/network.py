@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
 _EXPANSION = 4  # a block's output channels per channel of its 3x3 convolution
 #: Of the four stages (He et al. 2015, table 1): channels of the 3x3 convolutions, blocks, stride of the first block.
 _STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
+
+#: transformers' words for what a block consists of, and torchvision's. In a shortcut they are numbered in this order.
+_KINDS = {"convolution": "conv", "normalization": "bn"}
+_IN_A_BLOCK = re.compile(r"encoder\.stages\.(\d)\.layers\.(\d)\.(?:layer\.(\d)|shortcut)\.(convolution|normalization)\.(\w+)")
 
 
 class Bottleneck(nn.Module):
@@ -53,6 +59,18 @@ class ResNet50(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # He et al. 2015, "Delving deep into rectifiers"
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def rename_weight(name: str) -> str:
+        """Ours for a name in a published state dict, which may be one of ``transformers``' ResNetForImageClassification."""
+        name = name.removeprefix("resnet.").replace("classifier.1.", "fc.")
+        name = re.sub(r"^embedder\.embedder\.(convolution|normalization)", lambda found: f"{_KINDS[found[1]]}1", name)
+        found = _IN_A_BLOCK.fullmatch(name)
+        if found is None:
+            return name
+        stage, block, layer, kind, which = found.groups()
+        place = f"downsample.{list(_KINDS).index(kind)}" if layer is None else f"{_KINDS[kind]}{int(layer) + 1}"
+        return f"layer{int(stage) + 1}.{block}.{place}.{which}"
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits."""

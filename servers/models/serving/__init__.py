@@ -11,6 +11,7 @@ file              what it knows
 ``batching``      many queries, one call of the model, each query its own answer
 ``predictor``     the function that answers a batch; torch is imported for models that need it only
 ``torch_model``   a torch network with weights, on its device, in its precision
+``safetensors``   weights in that format
 ``model``         Triton's contract
 ``handler``       TorchServe's contract
 ``messages``      what requests and replies look like on TorchServe, which leaves both to the handler
@@ -22,7 +23,7 @@ order and gives the output, or, for models without torch, a function of arrays t
 
 from __future__ import annotations
 
-_COMMON = ("settings.py", "batching.py", "predictor.py", "torch_model.py")
+_COMMON = ("settings.py", "batching.py", "predictor.py", "torch_model.py", "safetensors.py")
 
 #: What goes into a Triton model's version folder, and into a TorchServe archive's package; the entry point comes first.
 TRITON_FILES = ("model.py", *_COMMON)

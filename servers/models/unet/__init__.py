@@ -18,4 +18,5 @@ UNET = HostedModel(
     inputs=(TensorSpec("IMAGE", "FP32", (1, -1, -1)),),
     output=TensorSpec("LOGITS", "FP32", (2, -1, -1)),
     precisions=("fp32", "bf16", "fp16"),
+    traced_size=188,
 )

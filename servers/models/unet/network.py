@@ -12,6 +12,9 @@ from torch.nn import functional
 
 CHANNELS = (64, 128, 256, 512, 1024)  # from the finest to the coarsest level (figure 1 of the paper)
 SMALLEST_TILE, TILE_STEP = 188, 16  # every level's size has to be even before it is halved ("Network Architecture")
+#: How much larger, on each side, a map that is passed on is than the one it meets: 4 pixels at the coarsest level, which
+#: two unpadded convolutions took; each level up twice that, as its pixels are half the size, and 8 for its own convolutions.
+BORDERS = (4, 16, 40, 88)
 
 
 class UNet(nn.Module):
@@ -43,9 +46,10 @@ class UNet(nn.Module):
             passed.append(x)
             x = functional.max_pool2d(x, 2)
         x = self.down[-1](x)
-        for up, merge in zip(self.up, self.merge, strict=True):
-            x = up(x)
-            x = merge(torch.cat([_cropped(passed.pop(), x), x], dim=1))
+        for up, merge, border in zip(self.up, self.merge, BORDERS, strict=True):
+            # Its border has no counterpart after unpadded convolutions.
+            middle = passed.pop()[:, :, border:-border, border:-border]
+            x = merge(torch.cat([middle, up(x)], dim=1))
         logits: Tensor = self.classes(x)
         return logits
 
@@ -59,9 +63,3 @@ def _two_convolutions(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 3), nn.ReLU()
     )
-
-
-def _cropped(passed: Tensor, like: Tensor) -> Tensor:
-    """The middle of a larger map: its border has no counterpart after unpadded convolutions."""
-    top, left = ((passed.shape[axis] - like.shape[axis]) // 2 for axis in (2, 3))
-    return passed[:, :, top : top + like.shape[2], left : left + like.shape[3]]
