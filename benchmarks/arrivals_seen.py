@@ -41,7 +41,6 @@ MIN_ARRIVALS = 100
 _TIMEOUT_S = 10.0
 _IDLE_DEADLINE_S = 10.0
 _RETRY_S = 0.05
-_FLOOR_QPS = 100.0
 _FLOOR_S = 2.0
 
 
@@ -104,12 +103,16 @@ def forget_stamps(stub: Stub) -> None:
             return
 
 
-def path_floor_ns(stub: Stub, cpus: Sequence[int]) -> int:
-    """What a blocking socket on ``cpus`` sees beyond the stub's own time: loopback, kernel, a wake-up. The median, ns."""
+def path_added_ns(stub: Stub, cpus: Sequence[int], rate_qps: float) -> Int64s:
+    """What each query of a blocking socket on ``cpus`` meets beyond the stub's own time: loopback, kernel, wake-ups; ns.
+
+    Each finds the stub idle, after a pause like those of Poisson arrivals of ``rate_qps``.
+    """
     forget_stamps(stub)
-    times_ns = ping_pong_ns(stub.url, cpus, rate_qps=_FLOOR_QPS, duration_s=_FLOOR_S)
+    times_ns = ping_pong_ns(stub.url, cpus, rate_qps=rate_qps, duration_s=_FLOOR_S)
     stamps = fetch_stamps(stub)
-    return round(float(np.median(times_ns) - np.median(stamps["departure_ns"] - stamps["arrival_ns"])))
+    added_ns: Int64s = np.array(times_ns) - (stamps["departure_ns"] - stamps["arrival_ns"])
+    return added_ns
 
 
 @dataclass(frozen=True, slots=True)

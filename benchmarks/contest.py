@@ -1,12 +1,12 @@
 """A contest on one core: servebench's ceiling beside every peer's, in turns, against one null server on another core.
 
-What each contestant is asked in every round:
+What each contestant is asked, in every round if nothing else is said:
 
 - servebench climbs a ladder of Poisson rates; the last clean step (see `benchmarks.steps`) is its
   clean rate. Then it is asked for far more than it can send, over few connections; what was answered
   by the end of the schedule is its saturated rate.
-- A peer runs its closed loop: its saturated rate. A peer that has an open loop is then asked for shares of
-  that rate, the largest first, evenly spaced where it can; the first rate of which it delivers
+- A peer runs its closed loop: its saturated rate. A peer that has an open loop is then asked for
+  shares of that rate, the largest first, evenly spaced where it can; the first rate of which it delivers
   `MIN_DELIVERED_SHARE` without an error is its open rate. Nothing is asked about its punctuality, which
   only servebench measures: this is in the peers' favour.
 
@@ -16,10 +16,10 @@ Ratios are taken within a round, so that what a shared machine does to a round, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from benchmarks.peers.base import Arrivals, Peer, PeerResult, Target
+from benchmarks.peers.base import Arrivals, Load, Peer, PeerResult, Target
 from benchmarks.report import Spread, rate_text, ratio_text
 from benchmarks.steps import Server, Step, climb, measure_saturated_qps, measure_step, step_line
 from benchmarks.turns import text_table
@@ -38,7 +38,8 @@ class Settings:
     """How long and how often."""
 
     rounds: int
-    step_s: float  #: of each of our runs, after a second of warm-up
+    tries: int  #: how often a rung may fail before it counts as not clean
+    step_s: float  #: of each of our runs, after `benchmarks.steps.WARMUP_S`
     peer_s: float  #: of each of a peer's
     shares: tuple[float, ...]  #: of its saturated rate that a peer's open loop is asked for, falling
     ladder_qps: tuple[float, ...]
@@ -138,7 +139,7 @@ def _our_turn(
         return measure_step(server, cpus, rate_qps, duration_s=settings.step_s)
 
     rates = settings.ladder_qps
-    best = climb(measure, rates, seen, start=start)
+    best = climb(measure, rates, seen, tries=settings.tries, start=start)
     figures = contest.figures[OURS]
     figures.open_qps[number] = best.target_qps if best else 0.0
     figures.saturated_qps[number] = measure_saturated_qps(server, cpus, duration_s=settings.step_s)
@@ -156,7 +157,8 @@ def _peers_turn(
     settings: Settings,
     say: Callable[[str], None],
 ) -> None:
-    closed = peer.run(target, arrivals="closed", rate_qps=None, connections=CONNECTIONS, duration_s=settings.peer_s, cpus=cpus)
+    load = Load("closed", None, CONNECTIONS, settings.peer_s, cpus)
+    closed = peer.run(target, load)
     figures.commands.append(closed.command)
     figures.errors += closed.errors
     if closed.errors or not closed.completed:
@@ -168,9 +170,7 @@ def _peers_turn(
         return
     for share in settings.shares:
         rate_qps = float(round(share * closed.rate_qps))
-        opened = peer.run(
-            target, arrivals=arrivals, rate_qps=rate_qps, connections=CONNECTIONS, duration_s=settings.peer_s, cpus=cpus
-        )
+        opened = peer.run(target, replace(load, arrivals=arrivals, rate_qps=rate_qps))
         delivered = delivered_share(opened, rate_qps, settings.peer_s)
         say(f"  {peer.name}: asked for {rate_qps:,.0f}/s {arrivals}, delivered {delivered:.1%}, {opened.errors:,} errors")
         if delivered >= MIN_DELIVERED_SHARE and not opened.errors:

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from benchmarks.arrivals_seen import Stub
 from benchmarks.own_client import OwnRun, run_own
 from benchmarks.peers import ready_peers
-from benchmarks.peers.base import Arrivals, Peer, PeerProtocol, Progress
+from benchmarks.peers.base import Arrivals, Load, Peer, PeerProtocol, Progress
 from servebench.errors import RunError
 
 #: How many queries may be outstanding. Of an open loop: more than a second's freeze makes wait. Evenly spaced
@@ -107,14 +107,8 @@ class PeerContestant:
 
     def send(self, stub: Stub, *, rate_qps: float, duration_s: float, cpus: Sequence[int], seed: int) -> Outcome:
         """Let the peer run. `RunError` when it fails."""
-        result = self.peer.run(
-            stub.target,
-            arrivals=self.arrivals,
-            rate_qps=None if self.arrivals == "closed" else rate_qps,
-            connections=CONNECTIONS[self.arrivals],
-            duration_s=duration_s,
-            cpus=cpus,
-        )
+        asked_qps = None if self.arrivals == "closed" else rate_qps
+        result = self.peer.run(stub.target, Load(self.arrivals, asked_qps, CONNECTIONS[self.arrivals], duration_s, cpus))
         if result.duration_s <= 0:
             raise RunError(f"{self.name} measured for {result.duration_s:g} s")
         return Outcome(result.percentiles, result.completed, result.errors, result.rate_qps, result.cpu_s / result.duration_s)

@@ -1,8 +1,8 @@
 """Floor: the least service time that servebench can measure, beside a bare blocking socket in the same minute.
 
-``python -m benchmarks.floor`` takes about a minute, ``--quick`` fifteen seconds. nginx answers with constants on the first
+``python -m benchmarks.floor`` takes 40 seconds, ``--quick`` fifteen. nginx answers with constants on the first
 CPU; the last CPU asks it 1,000 times a second at Poisson moments, one query out at a time: in turns a blocking socket that
-spins until each is due (the least that Python can measure), and a servebench worker with ``precise`` and with ``eco`` pacing.
+spins before each (the least that Python can measure), and a servebench worker with ``precise`` and with ``eco`` pacing.
 How fast a machine wakes up drifts within seconds, so each servebench run is compared with the sockets before and after it.
 
 Exit codes: 0 the target is met, 1 it is not or a run failed, 2 the machine lacks nginx or a second CPU.
@@ -10,26 +10,25 @@ Exit codes: 0 the target is met, 1 it is not or a run failed, 2 the machine lack
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from benchmarks.nginx import NullServer, find_nginx
+from benchmarks.entry import enter, need_cpus, need_nginx, say
+from benchmarks.nginx import NullServer
 from benchmarks.own_client import run_own
 from benchmarks.peers.pingpong import ping_pong_ns
 from benchmarks.report import write_result
 from benchmarks.turns import text_table
-from servebench.errors import RunError, ServebenchError
+from servebench.errors import RunError
 from servebench.report.console import format_duration
 
 RATE_QPS = 1_000
 PACINGS = ("precise", "eco")
 #: Service time p50 over the ping-pong's, with `PACINGS[0]`, the default.
 MAX_RATIO = 2.0
-ROUNDS, QUICK_ROUNDS = 9, 2
+ROUNDS, QUICK_ROUNDS = 5, 2
 RUN_S, SOCKET_S = 1.5, 0.5
 
 
@@ -93,32 +92,22 @@ def table(turns: Sequence[Turn]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmarks.floor", description="What is the least that servebench can measure?")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    quick: bool = parser.parse_args(argv).quick
-    nginx, cpus = find_nginx(), sorted(os.sched_getaffinity(0))
-    if nginx is None:
-        print("nginx was not found, and the null server is one: apt install nginx-light", file=sys.stderr)
-        return 2
-    if len(cpus) < 2:
-        print("one CPU is not enough: nginx and the client need one each", file=sys.stderr)
-        return 2
+    return enter(measure, "floor", __doc__, argv, quick_help="fewer rounds")
+
+
+def measure(*, quick: bool) -> int:
+    """Take the turns and report them."""
+    nginx, cpus, rounds = need_nginx(), need_cpus(), QUICK_ROUNDS if quick else ROUNDS
     turns = []
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    try:
-        with NullServer(nginx, cpus[:1]) as server:
-            for number in range(1, rounds + 1):
-                print(f"round {number} of {rounds}", flush=True)
-                turns += [take_turn(server, cpus[-1:], pacing) for pacing in PACINGS]
-    except ServebenchError as error:
-        print(f"the measurement failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    with NullServer(nginx, cpus[:1]) as server:
+        for number in range(1, rounds + 1):
+            say(f"round {number} of {rounds}")
+            turns += [take_turn(server, cpus[-1:], pacing) for pacing in PACINGS]
     ratio = median_ratio(turns, PACINGS[0])
     met = ratio <= MAX_RATIO
     print(f"\n{table(turns)}\n")
-    print(f"Service time is {ratio:.2f} times the ping-pong with {PACINGS[0]} pacing; target <= {MAX_RATIO:g}: {_say(met)}.")
+    words = "met" if met else "NOT met"
+    print(f"Service time is {ratio:.2f} times the ping-pong with {PACINGS[0]} pacing; target <= {MAX_RATIO:g}: {words}.")
     path = write_result(
         "floor",
         {
@@ -133,10 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"Written to {path}")
     return 0 if met else 1
-
-
-def _say(met: bool) -> str:
-    return "met" if met else "NOT met"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ far the percentiles of one run of finite length lie from theory by luck alone. N
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,9 +21,12 @@ from scipy.stats import poisson
 Int64s = npt.NDArray[np.int64]
 
 _SIMULATED_RUNS = 200
+#: What is added to responses is so many quantiles in place of all values: the middles of equal shares.
+_ADDED_SHARES = (np.arange(20) + 0.5) / 20
 
 
-def md1_queue_lengths(load: float, count: int) -> list[float]:
+@functools.cache
+def md1_queue_lengths(load: float, count: int) -> tuple[float, ...]:
     """P(n queries in the system), n < ``count``, of an M/D/1 queue of ``load`` (0-1, exclusive).
 
     From the balance of crossings of a level between service starts, p[n+1] P(A = 0) = p[0] P(A > n) +
@@ -38,7 +42,7 @@ def md1_queue_lengths(load: float, count: int) -> list[float]:
         n = len(lengths) - 1
         crossings = lengths[0] * tail[n] + sum(lengths[i] * tail[n + 1 - i] for i in range(1, n + 1))
         lengths.append(float(crossings) / none_arrives)
-    return lengths[:count]
+    return tuple(lengths[:count])
 
 
 def md1_wait_cdf(load: float, wait: float) -> float:
@@ -57,16 +61,17 @@ def md1_wait_cdf(load: float, wait: float) -> float:
     return float(sum(at_most_waiting[k - 1 - j] * arrivals[j] for j in range(k)))
 
 
-def md1_response_ns(percentile: float, *, load: float, service_ns: int) -> float:
-    """The percentile (0-100) of response time, waiting and service, in an M/D/1 queue."""
-    share = percentile / 100
-    if share <= 1 - load:  # that many do not wait at all
-        return float(service_ns)
-    high = 1.0
-    while md1_wait_cdf(load, high) < share:
-        high *= 2
-    wait = brentq(lambda value: md1_wait_cdf(load, value) - share, 0.0, high, xtol=1e-6)
-    return float((1 + wait) * service_ns)
+def md1_response_ns(percentile: float, *, load: float, service_ns: int, added_ns: Int64s | Sequence[int] = (0,)) -> float:
+    """The percentile (0-100) of response time in an M/D/1 queue: waiting, service, and a random one of ``added_ns``."""
+    added = np.quantile(np.asarray(added_ns), _ADDED_SHARES)
+
+    def excess(response_ns: float) -> float:
+        return float(np.mean([md1_wait_cdf(load, (response_ns - of) / service_ns - 1) for of in added])) - percentile / 100
+
+    high_ns = 2.0 * service_ns + added[-1]
+    while excess(high_ns) < 0:
+        high_ns *= 2
+    return float(brentq(excess, added[0], high_ns, xtol=1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +132,19 @@ def simulate_runs(
     service_ns: int,
     duration_s: float,
     freeze: Freeze | None = None,
+    added_ns: Int64s | Sequence[int] = (0,),
     seed: int = 0,
 ) -> list[Scatter]:
     """What runs of ``duration_s`` from an empty start see, for each percentile, from `_SIMULATED_RUNS` of them.
 
-    ``freeze`` is relative to the run's start. Every run has the expected number of queries.
+    ``freeze`` is relative to the run's start. To each response comes a random one of ``added_ns``. Every run has the
+    expected number of queries.
     """
     count = max(1, round(rate_qps * duration_s))
-    gaps_ns = np.random.default_rng(seed).exponential(1e9 / rate_qps, (_SIMULATED_RUNS, count))
+    rng = np.random.default_rng(seed)
+    gaps_ns = rng.exponential(1e9 / rate_qps, (_SIMULATED_RUNS, count))
     arrivals_ns = np.cumsum(gaps_ns, axis=-1).astype(np.int64)
-    found_ns = percentiles_ns(response_ns(arrivals_ns, service_ns, freeze), percentiles)
+    responses_ns = response_ns(arrivals_ns, service_ns, freeze) + rng.choice(np.asarray(added_ns), arrivals_ns.shape)
+    found_ns = percentiles_ns(responses_ns, percentiles)
     low_ns, median_ns, high_ns = np.quantile(found_ns, (0.025, 0.5, 0.975), axis=-1)
     return [Scatter(*map(float, of)) for of in zip(median_ns, low_ns, high_ns, strict=True)]

@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other: ``make bench`` (``--quick``) and ``make bench-full``.
+"""All benchmarks, one after the other: ``make bench`` (``--quick``, four minutes) and ``make bench-full`` (22 minutes).
 
 Each runs in a process of its own and prints its own tables; what they wrote is gathered in
 ``results/all.json``. One that lacks something on this machine (exit code 2) is left out with its own line.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -38,7 +37,8 @@ class Ran:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run_all", description=__doc__.partition("\n")[0])
+    description = __doc__.replace("`", "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run_all", description=description)
     parser.add_argument("--quick", action="store_true", help="a small version of each, in some minutes")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these: {', '.join(BENCHMARKS)}")
     arguments = parser.parse_args(argv)
@@ -60,11 +60,9 @@ def run_one(name: str, *, quick: bool) -> Ran:
     """Run a benchmark to its end, and read what it wrote."""
     result = RESULTS / f"{name}.json"
     written_ns = result.stat().st_mtime_ns if result.exists() else None
-    # gRPC's notes on fork, one for every worker that is started, would tear the tables apart.
-    environment = {"GRPC_VERBOSITY": "ERROR", **os.environ}
     began_s = time.monotonic()
     argv = [sys.executable, "-m", f"benchmarks.{name}", *(["--quick"] if quick else [])]
-    process = subprocess.Popen(argv, cwd=Path(__file__).parents[1], env=environment)
+    process = subprocess.Popen(argv, cwd=Path(__file__).parents[1])
     try:
         code = process.wait()
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """Scale: memory of all processes, disk a query, and the time from the last reply to the verdict, as runs grow.
 
-``python -m benchmarks.scale`` takes five minutes, ``--quick`` 40 seconds. Each line is one ``servebench run`` in processes
+``python -m benchmarks.scale`` takes four minutes, ``--quick`` 40 seconds. Each line is one ``servebench run`` in processes
 of its own against a null server (nginx on the first CPU, the workers on the others), watched from outside: 1 and 2 workers,
 queries of 1 KB, 150 KB (an image tensor) and 2 MB, 1 to 4,096 connections, and run lengths from ten thousand to ten million
 queries (half a million with ``--quick``).
@@ -14,9 +14,7 @@ Exit codes: 0 the targets of the longest run are met, 1 they are not or a run fa
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,11 +26,13 @@ from typing import Any
 
 import yaml
 
-from benchmarks.nginx import INPUT, PayloadServer, find_nginx
+from benchmarks.entry import enter, need_cpus, need_nginx, say
+from benchmarks.nginx import INPUT, PayloadServer
+from benchmarks.plots import Chart, Series, draw
 from benchmarks.process_tree import Look, Watch, disk_bytes
 from benchmarks.report import write_result
 from benchmarks.turns import text_table
-from servebench.errors import RunError, ServebenchError
+from servebench.errors import RunError
 from servebench.record.columns import ROW_BYTES
 from servebench.record.rundir import open_run
 
@@ -46,7 +46,7 @@ LENGTH_QPS = 60_000
 #: Many times what the rate needs. A cap, because machines are shared: a neighbour's burst must not open thousands.
 LENGTH_CONNECTIONS = 256
 #: How long the runs are whose length is not the question.
-POINT_S = 4.0
+POINT_S = 2.0
 QUICK_POINT_S = 0.5
 _FP32_BYTES = 4
 _SAMPLES = 8
@@ -113,7 +113,7 @@ def points(*, quick: bool) -> list[Point]:
     """The runs to make, the longest last."""
     seconds = QUICK_POINT_S if quick else POINT_S
     payloads = {KB: 4_000, IMAGE: 400, TWO_MB: 40}
-    connections = (1, 512, 4_096) if quick else (1, 8, 64, 512, 4_096)
+    connections = (1, 4_096) if quick else (1, 64, 4_096)
     lengths = (10_000, 100_000, 500_000) if quick else (10_000, 100_000, 1_000_000, 10_000_000)
     return [
         *(
@@ -202,6 +202,26 @@ def table(results: Sequence[Measured]) -> str:
     return text_table([(*head, *memory, *disk, "verdict"), *map(_cells, results)])
 
 
+def charts(results: Sequence[Measured]) -> list[Chart]:
+    """Memory, and the time to the verdict, over the number of queries: of the runs whose length is the question."""
+    runs = [one for one in results if one.point.connections == LENGTH_CONNECTIONS]
+    lengths = [one.point.queries for one in runs]
+
+    def chart(title: str, value_label: str, **lines: Sequence[float]) -> Chart:
+        series = [Series(label, values, values, values) for label, values in lines.items()]
+        return Chart(title, value_label, (), series, xs=lengths, x_label="queries")
+
+    return [
+        chart(
+            "Memory of all processes of a run (PSS)",
+            "MB",
+            running=[one.running_bytes / 1e6 for one in runs],
+            judging=[one.judging_bytes / 1e6 for one in runs],
+        ),
+        chart("From the last reply to the verdict", "s", verdict=[one.verdict_s for one in runs]),
+    ]
+
+
 def _cells(one: Measured) -> tuple[str, ...]:
     point = one.point
     return (
@@ -233,27 +253,21 @@ def _say_bytes(count: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmarks.scale", description="What do runs of all sizes take?")
-    parser.add_argument("--quick", action="store_true", help="shorter runs, up to half a million queries")
-    quick: bool = parser.parse_args(argv).quick
-    nginx, cpus = find_nginx(), sorted(os.sched_getaffinity(0))
-    if nginx is None:
-        print("nginx was not found, and the null server is one: apt install nginx-light", file=sys.stderr)
-        return 2
-    if len(cpus) < 2:
-        print("one CPU is not enough: nginx and the workers need one each", file=sys.stderr)
-        return 2
-    try:
-        with PayloadServer(nginx, cpus[:1]) as server:
-            results = _measure_all(points(quick=quick), server, cpus[1:])
-    except ServebenchError as error:
-        print(f"the measurement failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return enter(measure_all, "scale", __doc__, argv, quick_help="shorter runs, up to half a million queries")
+
+
+def measure_all(*, quick: bool) -> int:
+    """Make all runs and report them."""
+    nginx, cpus, wanted = need_nginx(), need_cpus(), points(quick=quick)
+    results = []
+    with PayloadServer(nginx, cpus[:1]) as server:
+        for number, point in enumerate(wanted, 1):
+            say(f"{number}/{len(wanted)}: {point.name}, about {point.queries / point.rate_qps:.0f} s and its verdict")
+            results.append(measure(point, server, cpus[1:]))
     print(f"\n{table(results)}\n")
     longest = results[-1]
-    print(f"{longest.point.queries:,} queries: {'; '.join(longest.problems) or 'all targets are met'}.")
+    answered = f"{longest.ok / longest.point.queries:.2%} of them answered"
+    print(f"{longest.point.queries:,} queries, {answered}: {'; '.join(longest.problems) or 'all targets are met'}.")
     path = write_result(
         "scale",
         {
@@ -267,16 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "runs": [asdict(one) | {"problems": one.problems} for one in results],
         },
     )
+    draw(charts(results), path.with_suffix(".png"), say)
     print(f"Written to {path}")
     return 1 if longest.problems else 0
-
-
-def _measure_all(wanted: Sequence[Point], server: PayloadServer, cpus: Sequence[int]) -> list[Measured]:
-    results = []
-    for number, point in enumerate(wanted, 1):
-        print(f"{number}/{len(wanted)}: {point.name}, about {point.queries / point.rate_qps:.0f} s and its verdict", flush=True)
-        results.append(measure(point, server, cpus))
-    return results
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Start: how long ``servebench --help`` takes, and ``servebench run`` until its first query leaves, with the server up.
 
-``python -m benchmarks.start`` takes about half a minute, ``--quick`` ten seconds. Both are the installed command in a process
+``python -m benchmarks.start`` takes some twenty seconds, ``--quick`` ten. Both are the installed command in a process
 of its own, nothing pinned, as at a user's prompt. The first query is the run's own earliest ``issued_ns``, on the clock that
 started the command; the profile has no warm-up and its server (nginx) answers at once.
 
@@ -9,7 +9,6 @@ Exit codes: 0 the targets are met, 1 they are not or a command failed, 2 the mac
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -21,16 +20,17 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.nginx import NullServer, find_nginx
+from benchmarks.entry import enter, need_nginx, say
+from benchmarks.nginx import NullServer
 from benchmarks.report import QUICK_SLACK, write_result
 from benchmarks.turns import text_table
-from servebench.errors import RunError, ServebenchError
+from servebench.errors import RunError
 from servebench.record.rundir import open_run
 
 COMMAND = str(Path(sys.executable).with_name("servebench"))
 MAX_HELP_S = 0.35
 MAX_FIRST_QUERY_S = 1.5
-ROUNDS, QUICK_ROUNDS = 15, 5
+ROUNDS, QUICK_ROUNDS = 11, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +90,13 @@ def _cells(one: Started) -> tuple[str, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmarks.start", description="How fast does servebench start?")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    quick: bool = parser.parse_args(argv).quick
-    nginx = find_nginx()
-    if nginx is None:
-        print("nginx was not found, and the null server is one: apt install nginx-light", file=sys.stderr)
-        return 2
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    try:
-        with NullServer(nginx, ()) as server:
-            found = _measure_all(server.url, rounds)
-    except ServebenchError as error:
-        print(f"the measurement failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return enter(measure, "start", __doc__, argv, quick_help="fewer repetitions")
+
+
+def measure(*, quick: bool) -> int:
+    """Start both commands again and again, and report."""
+    with NullServer(need_nginx(), ()) as server:
+        found = _measure_all(server.url, QUICK_ROUNDS if quick else ROUNDS)
     print(f"{table(found)}\n")
     path = write_result(
         "start",
@@ -126,7 +117,7 @@ def _measure_all(url: str, rounds: int) -> list[Started]:
     )
     times_s: list[list[float]] = [[] for _ in wanted]
     for number in range(1, rounds + 1):
-        print(f"round {number} of {rounds}", flush=True)
+        say(f"round {number} of {rounds}")
         for (_, measure, _), times in zip(wanted, times_s, strict=True):
             times.append(measure())
     return [Started(what, tuple(times), target_s) for (what, _, target_s), times in zip(wanted, times_s, strict=True)]

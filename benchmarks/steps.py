@@ -24,10 +24,9 @@ from servebench.report.rewrite import rewrite_reports
 
 MAX_DELAY_P99_NS = 1_000_000
 MIN_ON_TIME_SHARE = 0.995
-#: Machines are shared: a neighbour's burst must not count as our ceiling.
-MAX_TRIES = 3
 #: From the ladder's first rate on the worker spins between queries: below this share of its core, somebody else had the rest.
 SHARED_CORE_SHARE = 0.9
+WARMUP_S = 0.5
 #: More than one core sends; and few enough connections that what waits is in the client.
 SATURATING_QPS = 250_000
 SATURATING_CONNECTIONS = 64
@@ -92,16 +91,17 @@ def step_of(document: dict[str, Any], *, on_time_share: float, server_cpu_share:
 
 
 def climb(
-    measure: Callable[[float], Step], rates_qps: Sequence[float], seen: Callable[[Step], None], *, start: int = 0
+    measure: Callable[[float], Step], rates_qps: Sequence[float], seen: Callable[[Step], None], *, tries: int, start: int = 0
 ) -> Step | None:
     """The last clean step of a rising ladder, climbed from the rung ``start``; None when no rung is clean.
 
-    It ends with the first rate that is not clean in `MAX_TRIES` tries. When that is the first one
+    It ends with the first rate that is not clean in any of ``tries``: machines are shared, and a neighbour's burst must not
+    count as our ceiling. When that is the first one
     already, the rungs below are tried, going down.
     """
 
     def clean(rate_qps: float) -> Step | None:
-        for _ in range(MAX_TRIES):
+        for _ in range(tries):
             step = measure(rate_qps)
             seen(step)
             if not step.problems:
@@ -184,7 +184,7 @@ def _run(
                 "target_qps": target_qps,
                 "arrivals": "mlperf",
                 "min_duration_s": duration_s,
-                "warmup_s": 1,
+                "warmup_s": WARMUP_S,
                 "drain_timeout_s": 2,
             },
             "client": {"cpus": list(cpus), **client},

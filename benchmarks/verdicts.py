@@ -7,21 +7,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import OURS, Contest, Goal
+from benchmarks.contest import OURS, Contest, Goal, table
 from benchmarks.plots import Chart, Series, draw
 from benchmarks.report import Spread, rate_text, ratio_text
 from benchmarks.steps import MAX_DELAY_P99_NS
 from servebench.report.console import format_duration
 
 
-def floor_line(contest: Contest, floor_qps: int, what: str = "Floor") -> str:
-    """Whether a clean rate is reached, in a sentence; ``what`` is Floor or Target."""
+def floor_line(contest: Contest, floor_qps: int) -> str:
+    """Whether a clean rate is reached, in a sentence."""
     wanted = f"{floor_qps:,} Poisson queries/s on one core with p99 issue delay <= {format_duration(MAX_DELAY_P99_NS)}"
     clean = contest.clean_qps
     if clean is None or clean.median == 0:
-        return f"{what} NOT met: no rate was clean; required are {wanted}."
+        return f"Floor NOT met: no rate was clean; required are {wanted}."
     met = "met" if clean.median >= floor_qps else "NOT met"
-    return f"{what} {met}: highest clean rate {rate_text(clean)}/s; required are {wanted}."
+    return f"Floor {met}: highest clean rate {rate_text(clean)}/s; required are {wanted}."
 
 
 def goal_lines(contest: Contest, goals: Sequence[Goal], what: str) -> list[str]:
@@ -38,6 +38,12 @@ def goal_lines(contest: Contest, goals: Sequence[Goal], what: str) -> list[str]:
                 f"{what} {met}: our {goal.ours} rate is {ratio_text(ratio)} times {goal.peer}'s saturated one; {wanted}."
             )
     return lines
+
+
+def announce(contest: Contest, *, targets: Sequence[Goal], floors: Sequence[Goal], floor_qps: int) -> None:
+    """Print the table and a sentence on each target and floor."""
+    sentences = [*goal_lines(contest, targets, "Target"), *goal_lines(contest, floors, "Floor")]
+    print("\n".join(["", table(contest), "", *sentences, floor_line(contest, floor_qps)]))
 
 
 def result_document(contest: Contest, server: str, *, quick: bool, floor_qps: int, floors: Sequence[Goal]) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def draw_contest(contest: Contest, title: str, server: str, path: Path, say: Cal
         )
         for label, row in spreads.items()
     ]
-    draw(Chart(title, "queries/s", names, series, note=f"server: {server} on another core"), path, say)
+    draw([Chart(title, "queries/s", names, series, note=f"server: {server} on another core")], path, say)
 
 
 def _spread(values: list[float]) -> dict[str, Any] | None:

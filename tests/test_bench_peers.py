@@ -24,7 +24,7 @@ from benchmarks import peers
 from benchmarks.nginx import NullServer, find_nginx
 from benchmarks.openai_stub import BODY, PATH, OpenAIStub
 from benchmarks.peers import environment
-from benchmarks.peers.base import Arrivals, Peer, PeerProtocol, PeerResult, Progress, Target, run_bounded
+from benchmarks.peers.base import Arrivals, Load, Peer, PeerProtocol, PeerResult, Progress, Target, run_bounded
 from benchmarks.peers.h2load import H2Load, logged_times_ns, parse_h2load
 from benchmarks.peers.hey import Hey, parse_hey
 from benchmarks.peers.locust import parse_locust
@@ -364,9 +364,7 @@ def test_the_peers_that_need_no_installation_really_run(peer: Peer, arrivals: Ar
         pytest.skip(peer.absent() or "")
     rate_qps = None if arrivals == "closed" else 100.0
     with NullServer(nginx, cpus[:1]) as server:
-        result = peer.run(
-            http_target(server.url), arrivals=arrivals, rate_qps=rate_qps, connections=2, duration_s=1, cpus=cpus[-1:]
-        )
+        result = peer.run(http_target(server.url), Load(arrivals, rate_qps, 2, 1, cpus[-1:]))
     assert result.errors == 0
     assert result.completed > 50
     assert 0.5 < result.duration_s < 2

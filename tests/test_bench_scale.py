@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import mmap
+import os
 import subprocess
 import sys
 import time
@@ -196,6 +197,17 @@ def test_looks_are_divided_at_the_last_reply(tmp_path: Path) -> None:
     assert line.split()[0] == "500"
 
 
+def test_the_picture_is_of_the_runs_whose_length_is_the_question() -> None:
+    def length(queries: int, **change: Any) -> Measured:
+        return dataclasses.replace(MET, point=Point(scale.LENGTH_QPS, queries, connections=scale.LENGTH_CONNECTIONS), **change)
+
+    memory, verdict = scale.charts([MET, length(1_000, running_bytes=90 * MB, verdict_s=0.5), length(10_000, judging_bytes=MB)])
+    assert memory.xs == verdict.xs == [1_000, 10_000]
+    assert {one.label: one.values for one in memory.series} == {"running": [90, 400], "judging": [399, 1]}
+    assert (memory.value_label, verdict.value_label) == ("MB", "s")
+    assert [one.values for one in verdict.series] == [[0.5, 20]]
+
+
 def test_the_payload_server_takes_vectors_and_large_bodies() -> None:
     replies, body_limit = PayloadServer.replies, PayloadServer.body_limit
     config = render_config(8123, Path("/scratch"), facts="", replies=replies, body_limit=body_limit)
@@ -281,7 +293,7 @@ def test_a_turn_measures_a_run_and_a_socket(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(floor, "RUN_S", 0.2)
     monkeypatch.setattr(floor, "SOCKET_S", 0.1)
     with NullServer(nginx, ()) as server:
-        found = floor.take_turn(server, [max(scale.os.sched_getaffinity(0))], "eco")
+        found = floor.take_turn(server, [max(os.sched_getaffinity(0))], "eco")
     assert 1_000 < found.ping_pong_p50_ns <= found.ping_pong_p99_ns
     assert 1_000 < found.service_p50_ns <= found.service_p99_ns
     assert found.ratio == found.service_p50_ns / found.ping_pong_p50_ns

@@ -18,15 +18,14 @@ from servebench.errors import RunError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are run from the checkout, they are not installed
 
-from benchmarks import ceiling, ceiling_grpc, contest, run_all
+from benchmarks import ceiling, ceiling_grpc, contest, entry, run_all
 from benchmarks.contest import OURS, Contest, Figures, Goal, Settings, delivered_share, hold
 from benchmarks.nghttpd import NullGrpcServer, find_nghttpd
 from benchmarks.nginx import BINARY_MODEL, INFER_PATH, NullServer, find_nginx, render_config
-from benchmarks.peers.base import Arrivals, PeerProtocol, PeerResult, Progress, Target
+from benchmarks.peers.base import Arrivals, Load, PeerProtocol, PeerResult, Progress, Target
 from benchmarks.peers.pingpong import ping_pong_ns
 from benchmarks.peers.query import BODY, HEADERS
 from benchmarks.steps import (
-    MAX_TRIES,
     Step,
     climb,
     header_line,
@@ -150,9 +149,8 @@ def measured(answers: dict[float, str]) -> Callable[[float], Step]:
     ],
 )
 def test_the_ladder(answers: dict[float, str], start: int, best: float | None, seen: list[float]) -> None:
-    assert MAX_TRIES == 3
     steps: list[Step] = []
-    found = climb(measured(answers), list(answers), steps.append, start=start)
+    found = climb(measured(answers), list(answers), steps.append, tries=3, start=start)
     assert (found and found.target_qps) == best
     assert [step.target_qps for step in steps] == seen
 
@@ -194,8 +192,8 @@ class ScriptedPeer:
     def set_up(self, progress: Progress) -> None:
         pass
 
-    def run(self, target: Target, *, arrivals: Arrivals, rate_qps: float | None, **_: Any) -> PeerResult:
-        self.asked.append((arrivals, rate_qps))
+    def run(self, target: Target, load: Load) -> PeerResult:
+        self.asked.append((load.arrivals, load.rate_qps))
         result = self.results.pop(0)
         if isinstance(result, RunError):
             raise result
@@ -211,7 +209,7 @@ def hold_two_rounds(monkeypatch: pytest.MonkeyPatch, peer: ScriptedPeer, lines: 
     clean_to, saturated = iter([200.0, 400.0]), iter([600.0, 900.0])
     monkeypatch.setattr(contest, "climb", lambda *_, **__: dataclasses.replace(CLEAN, target_qps=next(clean_to)))
     monkeypatch.setattr(contest, "measure_saturated_qps", lambda *_, **__: next(saturated))
-    settings = Settings(rounds=2, step_s=1, peer_s=2, shares=(0.8, 0.5), ladder_qps=(100, 200, 400), first_rung=1)
+    settings = Settings(rounds=2, tries=3, step_s=1, peer_s=2, shares=(0.8, 0.5), ladder_qps=(100, 200, 400), first_rung=1)
     server: Any = None  # only the patched functions would ask it
     return hold(server, Target("http://127.0.0.1:1", "null", "/", b""), [peer], [0], settings, say=lines.append)
 
@@ -234,9 +232,9 @@ def test_an_open_loop_is_asked_for_falling_shares_of_its_own_saturated_rate(monk
     results = [
         peer_result(1000),
         peer_result(790),  # 98.75 % of 800
-        peer_result(500),
+        peer_result(498),  # 99.6 % of 500
         peer_result(1000),
-        peer_result(797),  # 99.6 %
+        peer_result(799),
     ]
     peer = ScriptedPeer(frozenset({"closed", "poisson", "constant"}), list(results))
     found = hold_two_rounds(monkeypatch, peer, [])
@@ -291,7 +289,7 @@ def contest_of(clean_qps: float | None, saturated_qps: float, peers: dict[str, f
 def test_the_floor_decides_the_exit_code(rate_qps: int | None, code: int, words: str) -> None:
     found = contest_of(rate_qps, 30_000, {})
     assert floor_line(found, ceiling.FLOOR_QPS).startswith(words)
-    assert ceiling.exit_code(found, quick=False) == code
+    assert ceiling.exit_code(found) == code
 
 
 @pytest.mark.parametrize(
@@ -303,19 +301,71 @@ def test_the_floor_decides_the_exit_code(rate_qps: int | None, code: int, words:
         pytest.param({}, 0, id="no peers, nothing to compare with"),
     ],
 )
-def test_a_quick_run_is_judged_by_ratios_alone(peers: dict[str, float], code: int) -> None:
-    assert ceiling.exit_code(contest_of(0, 30_000, peers), quick=True) == code
+def test_ratios_to_peers_that_ran_are_floors_too(peers: dict[str, float], code: int) -> None:
+    assert ceiling.exit_code(contest_of(25_000, 30_000, peers)) == code
 
 
 def test_without_nginx_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ceiling, "find_nginx", lambda: None)
+    monkeypatch.setattr(entry, "find_nginx", lambda: None)
     assert ceiling.main([]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert "apt install nginx-light" in err
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def need() -> int:
+        raise error
+
+    return need
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        pytest.param(lambda: 0, 0, "", id="its own code"),
+        pytest.param(lambda: 1, 1, "", id="its own other code"),
+        pytest.param(raising(entry.MachineLacks("no such tool")), 2, "no such tool\n", id="the machine lacks something"),
+        pytest.param(raising(RunError("it fell")), 1, "the measurement failed: it fell\n", id="a run fails"),
+        pytest.param(raising(OSError("disk full")), 1, "the measurement failed: disk full\n", id="the system fails"),
+        pytest.param(raising(KeyboardInterrupt()), 130, "", id="interrupted"),
+    ],
+)
+def test_a_benchmark_ends_with_a_code_and_at_most_a_line(
+    body: Callable[[], int], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[bool] = []
+
+    def measure(*, quick: bool) -> int:
+        asked.append(quick)
+        return body()
+
+    assert entry.enter(measure, "x", "What.\n\nHow.", ["--quick"], quick_help="less") == code
+    assert entry.enter(measure, "x", "What.\n\nHow.", [], quick_help="less") == code
+    assert asked == [True, False]
+    assert capsys.readouterr() == ("", words * 2)
+
+
+def test_the_help_is_the_modules_own_text_without_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    doc = "What ``it`` is.\n\n``python -m it`` takes `TIME_S`.\n\nExit codes: 0."
+    with pytest.raises(SystemExit) as caught:
+        entry.enter(lambda *, quick: 0, "it", doc, ["--help"], quick_help="less of it")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python -m benchmarks.it [-h] [--quick]\n\nWhat it is.\n")
+    assert out.endswith("\n\npython -m it takes TIME_S.\n\nExit codes: 0.\n")
+    assert "less of it" in out
+
+
+def test_one_cpu_is_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry.os, "sched_getaffinity", lambda _: {7})
+    with pytest.raises(entry.MachineLacks, match="one CPU is not enough"):
+        entry.need_cpus()
+    monkeypatch.setattr(entry.os, "sched_getaffinity", lambda _: {7, 3})
+    assert entry.need_cpus() == [3, 7]
 
 
 # --- for real ---------------------------------------------------------------------------
@@ -378,7 +428,7 @@ def test_a_real_step_against_nginx() -> None:
 )
 def test_the_grpc_floors_decide_the_exit_code(clean_qps: int, peer_qps: int | None, code: int, words: str) -> None:
     found = contest_of(clean_qps, 60_000, {} if peer_qps is None else {"grpc.aio": peer_qps})
-    assert ceiling_grpc.exit_code(found, quick=False) == code
+    assert ceiling_grpc.exit_code(found) == code
     (line,) = goal_lines(found, [Goal("clean", "grpc.aio", 3.0)], "Floor")
     assert line.startswith(words)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.peers.base import GRACE_S, Arrivals, PeerProtocol, PeerResult, Progress, Target, run_bounded
+from benchmarks.peers.base import Arrivals, Load, PeerProtocol, PeerResult, Progress, Target, run_bounded
 from benchmarks.peers.environment import environment_python, make_environment
 from benchmarks.peers.numbers import of_times
 
@@ -29,28 +28,19 @@ class AsyncioClient:
     def set_up(self, progress: Progress) -> None:
         make_environment(self.name, self.requirements, progress)
 
-    def run(
-        self,
-        target: Target,
-        *,
-        arrivals: Arrivals,
-        rate_qps: float | None,
-        connections: int,
-        duration_s: float,
-        cpus: Sequence[int],
-    ) -> PeerResult:
+    def run(self, target: Target, load: Load) -> PeerResult:
         settings = {
             "url": target.url,
             "path": target.path,
             "body": target.body.hex(),
             "headers": target.headers,
-            "arrivals": arrivals,
-            "rate_qps": rate_qps,
-            "connections": connections,
-            "duration_s": duration_s,
+            "arrivals": load.arrivals,
+            "rate_qps": load.rate_qps,
+            "connections": load.connections,
+            "duration_s": load.duration_s,
         }
         argv = [str(environment_python(self.name)), str(_SCRIPT), self.name]
-        finished = run_bounded(self.name, argv, timeout_s=duration_s + GRACE_S, cpus=cpus, stdin=json.dumps(settings).encode())
+        finished = run_bounded(self.name, argv, timeout_s=load.limit_s, cpus=load.cpus, stdin=json.dumps(settings).encode())
         said = json.loads(finished.stdout)
         times_ns = said["times_ns"]
         return PeerResult(

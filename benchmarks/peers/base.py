@@ -48,6 +48,22 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """How a peer is to ask."""
+
+    arrivals: Arrivals
+    rate_qps: float | None  #: of an open loop; None in a closed one
+    connections: int  #: queries outstanding in a closed loop, and at most in an open loop of a peer that has such a limit
+    duration_s: float
+    cpus: Sequence[int]
+
+    @property
+    def limit_s(self) -> float:
+        """When the peer is killed."""
+        return self.duration_s + GRACE_S
+
+
+@dataclass(frozen=True, slots=True)
 class PeerResult:
     """What a peer says that it did."""
 
@@ -83,22 +99,8 @@ class Peer(Protocol):
     def set_up(self, progress: Progress) -> None:
         """Make the peer's environment unless it is there; ``progress`` is told what takes long. `RunError` if it fails."""
 
-    def run(
-        self,
-        target: Target,
-        *,
-        arrivals: Arrivals,
-        rate_qps: float | None,
-        connections: int,
-        duration_s: float,
-        cpus: Sequence[int],
-    ) -> PeerResult:
-        """Send load for about ``duration_s`` from one process on ``cpus``.
-
-        ``rate_qps`` is an open loop's (None in a closed one); ``connections`` is the number of
-        queries that are outstanding in a closed loop, and the most that may be in an open loop of a
-        peer that has such a limit. `RunError` when the peer fails, or takes more than `GRACE_S` longer.
-        """
+    def run(self, target: Target, load: Load) -> PeerResult:
+        """Send the load from one process. `RunError` when the peer fails, or takes more than `GRACE_S` longer."""
 
 
 @dataclass(frozen=True, slots=True)

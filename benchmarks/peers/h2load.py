@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peers.base import GRACE_S, Arrivals, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
+from benchmarks.peers.base import Arrivals, Load, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
 from benchmarks.peers.numbers import of_times
 from servebench.errors import RunError
 from servebench.wire.grpc import frame_message
@@ -37,32 +36,23 @@ class H2Load:
     def set_up(self, progress: Progress) -> None:
         pass
 
-    def run(
-        self,
-        target: Target,
-        *,
-        arrivals: Arrivals,
-        rate_qps: float | None,
-        connections: int,
-        duration_s: float,
-        cpus: Sequence[int],
-    ) -> PeerResult:
+    def run(self, target: Target, load: Load) -> PeerResult:
         grpc = target.url.startswith("grpc://")
-        clients = -(-connections // _MAX_STREAMS) if grpc else connections
+        clients = -(-load.connections // _MAX_STREAMS) if grpc else load.connections
         with tempfile.TemporaryDirectory(prefix="h2load-") as scratch:
             body, log = Path(scratch) / "body", Path(scratch) / "log"
             body.write_bytes(frame_message(target.body) if grpc else target.body)
             # h2load knows whole seconds only.
-            argv = ["h2load", "-t1", f"-c{clients}", f"-D{max(1, round(duration_s))}", "-d", str(body)]
-            argv += [f"-m{-(-connections // clients)}"] if grpc else ["--h1"]
+            argv = ["h2load", "-t1", f"-c{clients}", f"-D{max(1, round(load.duration_s))}", "-d", str(body)]
+            argv += [f"-m{-(-load.connections // clients)}"] if grpc else ["--h1"]
             if grpc:
                 argv += ["-H", "content-type: application/grpc", "-H", "te: trailers"]
             argv += [word for name, value in target.headers for word in ("-H", f"{name}: {value}")]
-            if rate_qps is not None:
+            if load.rate_qps is not None:
                 # A log of every request: the only percentiles it can give. In a closed loop it would cost what is measured.
-                argv += [f"--rps={rate_qps / clients}", f"--log-file={log}"]
+                argv += [f"--rps={load.rate_qps / clients}", f"--log-file={log}"]
             argv.append(f"http://{target.address}{target.path}")
-            finished = run_bounded(self.name, argv, timeout_s=duration_s + GRACE_S, cpus=cpus)
+            finished = run_bounded(self.name, argv, timeout_s=load.limit_s, cpus=load.cpus)
             times_ns = logged_times_ns(log.read_text(encoding="ascii")) if log.exists() else None
         result = parse_h2load(finished.stdout, cpu_s=finished.cpu_s, command=" ".join(argv))
         if times_ns is None:

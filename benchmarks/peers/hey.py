@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.peers.base import GRACE_S, Arrivals, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
+from benchmarks.peers.base import Arrivals, Load, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
 from servebench.errors import RunError
 
 _TOTAL = re.compile(r"^\s*Total:\s+([\d.]+) secs", re.MULTILINE)
@@ -32,26 +31,18 @@ class Hey:
     def set_up(self, progress: Progress) -> None:
         pass
 
-    def run(
-        self,
-        target: Target,
-        *,
-        arrivals: Arrivals,
-        rate_qps: float | None,
-        connections: int,
-        duration_s: float,
-        cpus: Sequence[int],
-    ) -> PeerResult:
+    def run(self, target: Target, load: Load) -> PeerResult:
         with tempfile.TemporaryDirectory(prefix="hey-") as scratch:
             body = Path(scratch) / "body"
             body.write_bytes(target.body)
-            argv = ["hey", "-z", f"{duration_s}s", "-c", str(connections), "-cpus", "1", "-m", "POST", "-D", str(body)]
-            argv += ["-disable-compression", "-T", dict(target.headers).get("content-type", "application/octet-stream")]
+            argv = ["hey", "-z", f"{load.duration_s}s", "-c", str(load.connections), "-cpus", "1", "-m", "POST"]
+            kind = dict(target.headers).get("content-type", "application/octet-stream")
+            argv += ["-D", str(body), "-disable-compression", "-T", kind]
             argv += [word for name, value in target.headers if name != "content-type" for word in ("-H", f"{name}: {value}")]
-            if rate_qps is not None:
-                argv += ["-q", f"{rate_qps / connections}"]
+            if load.rate_qps is not None:
+                argv += ["-q", f"{load.rate_qps / load.connections}"]
             argv.append(target.url + target.path)
-            finished = run_bounded(self.name, argv, timeout_s=duration_s + GRACE_S, cpus=cpus)
+            finished = run_bounded(self.name, argv, timeout_s=load.limit_s, cpus=load.cpus)
         return parse_hey(finished.stdout, cpu_s=finished.cpu_s, command=" ".join(argv))
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.peers.base import GRACE_S, Arrivals, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
+from benchmarks.peers.base import Arrivals, Load, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
 from benchmarks.peers.environment import environment_python, make_environment
 from benchmarks.peers.numbers import of_counts
 from servebench.errors import RunError
@@ -31,29 +30,21 @@ class Locust:
     def set_up(self, progress: Progress) -> None:
         make_environment(self.name, _REQUIREMENTS, progress)
 
-    def run(
-        self,
-        target: Target,
-        *,
-        arrivals: Arrivals,
-        rate_qps: float | None,
-        connections: int,
-        duration_s: float,
-        cpus: Sequence[int],
-    ) -> PeerResult:
+    def run(self, target: Target, load: Load) -> PeerResult:
         settings = {
             "path": target.path,
             "body": target.body.hex(),
             "headers": target.headers,
-            "rate_qps": rate_qps,
-            "connections": connections,
+            "rate_qps": load.rate_qps,
+            "connections": load.connections,
         }
         argv = [str(environment_python(self.name)), "-m", "locust", "-f", str(_LOCUSTFILE), "--headless", "--json"]
         # Locust knows whole seconds only; all users start at once, and what is counted begins when they have.
-        argv += ["-u", str(connections), "-r", str(connections), "-t", f"{math.ceil(duration_s)}s", "--reset-stats"]
-        argv += ["--host", target.url, "--loglevel", "ERROR", "--exit-code-on-error", "0"]
+        users = str(load.connections)
+        argv += ["-u", users, "-r", users, "-t", f"{math.ceil(load.duration_s)}s", "--reset-stats", "--host", target.url]
+        argv += ["--loglevel", "ERROR", "--exit-code-on-error", "0"]
         env = {"PEER_SETTINGS": json.dumps(settings)}
-        finished = run_bounded(self.name, argv, timeout_s=duration_s + GRACE_S, cpus=cpus, env=env)
+        finished = run_bounded(self.name, argv, timeout_s=load.limit_s, cpus=load.cpus, env=env)
         return parse_locust(finished.stdout, finished.stderr, command=" ".join(argv))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.base import GRACE_S, Arrivals, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
+from benchmarks.peers.base import GRACE_S, Arrivals, Load, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
 from benchmarks.peers.environment import CACHE, environment_python, make_environment
 from benchmarks.peers.numbers import of_times
 from servebench.errors import RunError
@@ -40,30 +40,21 @@ class AIPerf:
     def set_up(self, progress: Progress) -> None:
         _set_up(self.name, ("aiperf==0.13.0",), progress)
 
-    def run(
-        self,
-        target: Target,
-        *,
-        arrivals: Arrivals,
-        rate_qps: float | None,
-        connections: int,
-        duration_s: float,
-        cpus: Sequence[int],
-    ) -> PeerResult:
+    def run(self, target: Target, load: Load) -> PeerResult:
         with tempfile.TemporaryDirectory(prefix="aiperf-") as scratch:
             data = Path(scratch) / "prompts.jsonl"
             data.write_text('{"text": "hello world"}\n', encoding="utf-8")
             argv = [str(environment_python(self.name).with_name("aiperf")), "profile", "-m", target.model, "--url", target.url]
             argv += ["--endpoint-type", "chat", "--input-file", str(data), "--custom-dataset-type", "single_turn"]
-            argv += ["--tokenizer", _TOKENIZER, "--use-server-token-count", "--benchmark-duration", str(duration_s)]
+            argv += ["--tokenizer", _TOKENIZER, "--use-server-token-count", "--benchmark-duration", str(load.duration_s)]
             argv += ["--max-workers", "1", "--record-processors", "1", "--export-level", "records"]
             argv += ["--no-gpu-telemetry", "--no-server-metrics", "--ui", "none", "--artifact-dir", scratch]
-            if rate_qps is None:
-                argv += ["--concurrency", str(connections)]
+            if load.rate_qps is None:
+                argv += ["--concurrency", str(load.connections)]
             else:
-                argv += ["--request-rate", str(rate_qps), "--arrival-pattern", arrivals]
+                argv += ["--request-rate", str(load.rate_qps), "--arrival-pattern", load.arrivals]
             finished = run_bounded(
-                self.name, argv, timeout_s=duration_s + GRACE_S, cpus=cpus, env=_environment(self.name), cwd=Path(scratch)
+                self.name, argv, timeout_s=load.limit_s, cpus=load.cpus, env=_environment(self.name), cwd=Path(scratch)
             )
             summary, records = Path(scratch) / "profile_export_aiperf.json", Path(scratch) / "profile_export.jsonl"
             if not summary.exists() or not records.exists():
@@ -90,32 +81,24 @@ class GuideLLM:
     def set_up(self, progress: Progress) -> None:
         _set_up(self.name, ("guidellm==0.8.1", "torch==2.13.0"), progress)
 
-    def run(
-        self,
-        target: Target,
-        *,
-        arrivals: Arrivals,
-        rate_qps: float | None,
-        connections: int,
-        duration_s: float,
-        cpus: Sequence[int],
-    ) -> PeerResult:
-        profile = f"kind=concurrent,streams={connections}" if rate_qps is None else f"kind={arrivals},rate={rate_qps}"
+    def run(self, target: Target, load: Load) -> PeerResult:
+        closed = f"kind=concurrent,streams={load.connections}"
+        profile = closed if load.rate_qps is None else f"kind={load.arrivals},rate={load.rate_qps}"
         with tempfile.TemporaryDirectory(prefix="guidellm-") as scratch:
             data, report = Path(scratch) / "prompts.jsonl", Path(scratch) / "report.json"
             # Every line is used once.
-            queries = round((2 * rate_qps if rate_qps else _MOST_QPS) * duration_s) + 100
+            queries = round((2 * load.rate_qps if load.rate_qps else _MOST_QPS) * load.duration_s) + 100
             data.write_text('{"prompt": "hello world"}\n' * queries, encoding="utf-8")
             argv = [str(environment_python(self.name).with_name("guidellm")), "run"]
             argv += [
                 "--backend",
                 f"kind=openai_http,target={target.url},model={target.model},request_format={target.path},stream=false",
             ]
-            argv += ["--profile", profile, "--constraint", f"kind=max_duration,seconds={duration_s}"]
+            argv += ["--profile", profile, "--constraint", f"kind=max_duration,seconds={load.duration_s}"]
             argv += ["--data", f"kind=json_file,path={data}", "--output", f"kind=json,path={report}", "--disable-console"]
             argv += ["--tokenizer", f"kind=huggingface_auto,model={CACHE / self.name / _SNAPSHOT}"]
             env = _environment(self.name) | {"GUIDELLM__MAX_WORKER_PROCESSES": "1"}
-            finished = run_bounded(self.name, argv, timeout_s=duration_s + GRACE_S, cpus=cpus, env=env, cwd=Path(scratch))
+            finished = run_bounded(self.name, argv, timeout_s=load.limit_s, cpus=load.cpus, env=env, cwd=Path(scratch))
             if not report.exists():
                 raise RunError(f"guidellm did not measure: {last_words(finished.stdout + finished.stderr)}")
             return parse_guidellm(report.read_text(encoding="utf-8"), cpu_s=finished.cpu_s, command=" ".join(argv))

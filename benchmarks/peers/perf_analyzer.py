@@ -12,13 +12,12 @@ import shutil
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peers.base import GRACE_S, Arrivals, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
+from benchmarks.peers.base import Arrivals, Load, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
 from benchmarks.peers.environment import CACHE, environment_python, make_environment
 from benchmarks.peers.numbers import of_times
 from servebench.errors import RunError
@@ -70,37 +69,28 @@ class PerfAnalyzer:
             shutil.rmtree(self.folder, ignore_errors=True)
             made.rename(self.folder)
 
-    def run(
-        self,
-        target: Target,
-        *,
-        arrivals: Arrivals,
-        rate_qps: float | None,
-        connections: int,
-        duration_s: float,
-        cpus: Sequence[int],
-    ) -> PeerResult:
+    def run(self, target: Target, load: Load) -> PeerResult:
         argv = [str(self.folder / "perf_analyzer"), "-m", target.binary_model or target.model, "-u", target.address]
         argv += ["-i", "grpc" if target.url.startswith("grpc://") else "http", "--input-data", "zero", "--shape", "INPUT:4"]
-        argv += ["-p", str(round(duration_s / _WINDOWS * 1000)), "-r", str(_WINDOWS), "-s", str(_ANY_SPREAD_PERCENT)]
-        threads = str(min(connections, _MAX_THREADS))
-        if rate_qps is None:
-            return self._run([*argv, "--concurrency-range", threads], duration_s, cpus, percentiles=False)
-        argv += ["--request-rate-range", str(rate_qps), "--request-distribution", arrivals]
+        argv += ["-p", str(round(load.duration_s / _WINDOWS * 1000)), "-r", str(_WINDOWS), "-s", str(_ANY_SPREAD_PERCENT)]
+        threads = str(min(load.connections, _MAX_THREADS))
+        if load.rate_qps is None:
+            return self._run([*argv, "--concurrency-range", threads], load, percentiles=False)
+        argv += ["--request-rate-range", str(load.rate_qps), "--request-distribution", load.arrivals]
         try:
-            return self._run([*argv, "-a"], duration_s, cpus, percentiles=True)
+            return self._run([*argv, "-a"], load, percentiles=True)
         except RunError as error:
             if not any(words in str(error) for words in _NEEDS_IDS):
                 raise
-        return self._run([*argv, "--sync", "--max-threads", threads], duration_s, cpus, percentiles=True)
+        return self._run([*argv, "--sync", "--max-threads", threads], load, percentiles=True)
 
-    def _run(self, argv: list[str], duration_s: float, cpus: Sequence[int], *, percentiles: bool) -> PeerResult:
+    def _run(self, argv: list[str], load: Load, *, percentiles: bool) -> PeerResult:
         env = {"LD_LIBRARY_PATH": str(self.folder / "lib")}
         with tempfile.TemporaryDirectory(prefix="perf-analyzer-") as scratch:
             table, export = Path(scratch) / "table.csv", Path(scratch) / "export.json"
             argv = [*argv, "-f", str(table), *(["--profile-export-file", str(export)] if percentiles else [])]
             # Windows are padded, and repeated where one saw too little.
-            finished = run_bounded(self.name, argv, timeout_s=3 * duration_s + GRACE_S, cpus=cpus, env=env)
+            finished = run_bounded(self.name, argv, timeout_s=2 * load.duration_s + load.limit_s, cpus=load.cpus, env=env)
             if not table.exists():
                 raise RunError(f"perf_analyzer did not measure: {last_words(finished.stderr + finished.stdout)}")
             times_ns = exported_times_ns(export.read_bytes()) if percentiles else None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.peers.base import GRACE_S, Arrivals, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
+from benchmarks.peers.base import Arrivals, Load, PeerProtocol, PeerResult, Progress, Target, last_words, run_bounded
 from servebench.errors import RunError
 
 
@@ -26,16 +25,7 @@ class Wrk:
     def set_up(self, progress: Progress) -> None:
         pass
 
-    def run(
-        self,
-        target: Target,
-        *,
-        arrivals: Arrivals,
-        rate_qps: float | None,
-        connections: int,
-        duration_s: float,
-        cpus: Sequence[int],
-    ) -> PeerResult:
+    def run(self, target: Target, load: Load) -> PeerResult:
         with tempfile.TemporaryDirectory(prefix="wrk-") as scratch:
             script = Path(scratch) / "query.lua"
             script.write_text(wrk_script(target), encoding="utf-8")
@@ -43,13 +33,13 @@ class Wrk:
             argv = [
                 "wrk",
                 "-t1",
-                f"-c{connections}",
-                f"-d{max(1, round(duration_s))}s",
+                f"-c{load.connections}",
+                f"-d{max(1, round(load.duration_s))}s",
                 "-s",
                 str(script),
                 target.url + target.path,
             ]
-            finished = run_bounded(self.name, argv, timeout_s=duration_s + GRACE_S, cpus=cpus)
+            finished = run_bounded(self.name, argv, timeout_s=load.limit_s, cpus=load.cpus)
         return parse_wrk(finished.stdout, cpu_s=finished.cpu_s, command=" ".join(argv))
 
 
