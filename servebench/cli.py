@@ -106,10 +106,15 @@ def report(ctx: click.Context, directory: Path, as_json: bool) -> None:
 
     Works on finished runs, and on what an interrupted or killed run left behind.
     """
-    from servebench.record.rundir import is_running
+    from servebench.record.rundir import FACTS, is_running
 
+    if directory.is_file():
+        raise ProfileError(f"{directory}: is a file; give the run's directory: {directory.parent}")
     if not directory.is_dir():
         raise ProfileError(f"{directory}: no such directory")
+    runs = [] if (directory / FACTS).exists() else sorted(directory.glob(f"*/{FACTS}"), key=lambda facts: facts.stat().st_mtime)
+    if runs:
+        raise ProfileError(f"{directory}: not a run directory, but one of runs; the newest is {runs[-1].parent}")
     if is_running(directory):
         raise ProfileError(f"{directory}: its run is still going on")
     ctx.exit(_report(directory, as_json=as_json))
@@ -119,18 +124,21 @@ def report(ctx: click.Context, directory: Path, as_json: bool) -> None:
 @_profile_argument
 @_set_option
 @click.option(
-    "--samples", "library_size", type=click.IntRange(min=1), help="Size of the sample library, when only the server knows it."
+    "--samples",
+    "library_size",
+    type=click.IntRange(min=1),
+    help="Size of the sample library, instead of looking into its files.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def schedule(profile: str, overrides: tuple[str, ...], library_size: int | None, as_json: bool) -> None:
     """Show when PROFILE's queries are due: how many, for how long, the schedule's hash, and the rate over time."""
-    from servebench.load.preview import describe_schedule
+    from servebench.load.preview import count_samples, describe_schedule
     from servebench.load.scenario import plan_server
     from servebench.profile import load_profile
     from servebench.report.schedule import render_schedule
 
-    loaded = load_profile(profile, overrides)
-    plan = plan_server(loaded.load, loaded.samples, library_size or loaded.samples.count)
+    loaded = load_profile(profile, overrides, files_needed=False)
+    plan = plan_server(loaded.load, loaded.samples, library_size or count_samples(loaded.samples))
     document = describe_schedule(plan)
     if as_json:
         click.echo(json.dumps(document, indent=2))
@@ -181,7 +189,6 @@ class _Launchers(click.Group):
             return None
         launcher = find_launcher(cmd_name)
         options = "\n".join(_option_help(launcher.Options))
-        default_model = "stub" if cmd_name == "stub" else None
         return click.Command(
             cmd_name,
             callback=_serve_callback(cmd_name),
@@ -190,11 +197,28 @@ class _Launchers(click.Group):
             "meanwhile say once a second how it fares.",
             epilog=f"\b\nOptions for --set, and for server.options in a profile:\n{options}",
             params=[
-                click.Option(["--model"], required=default_model is None, default=default_model, help="Model to host."),
+                _model_option(cmd_name),
                 click.Option(["--set", "settings"], multiple=True, metavar="KEY=VALUE", help="One of the options below."),
                 click.Option(["--dir", "work"], type=click.Path(path_type=Path), help="Where to keep its files and log."),
             ],
         )
+
+
+def _model_option(launcher: str) -> click.Option:
+    if launcher == "stub":
+        return click.Option(["--model"], default="stub", show_default=True, help="What to call its model.")
+    return click.Option(["--model"], callback=_require_model, help="Model to host.  [required]")
+
+
+def _require_model(ctx: click.Context, _option: click.Parameter, model: str | None) -> str:
+    """click can require an option itself, but not say what there is to give."""
+    from servebench.profile import bundled_profiles, load_profile
+
+    if model is not None:
+        return model
+    profiles = [load_profile(name, files_needed=False) for name in bundled_profiles()]
+    names = sorted({one.endpoint.model for one in profiles if one.server.launch == ctx.info_name})
+    raise ProfileError("--model: required" + (f"; bundled profiles have: {', '.join(names)}" if names else ""))
 
 
 def _option_help(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -232,20 +256,32 @@ def _serve_callback(name: str) -> Callable[..., None]:
         import signal
         import tempfile
 
-        from servebench.engine.hosting import check_launch_options, interrupting
+        from pydantic import ValidationError
+
+        from servebench.engine.hosting import interrupting, launch_warnings, with_log
         from servebench.engine.serving import END_SIGNALS
         from servebench.launcher import find_launcher
-        from servebench.profile import apply_overrides
+        from servebench.profile import apply_overrides, describe_validation_error
 
         launcher = find_launcher(name)
         given: dict[str, Any] = {}
         apply_overrides(given, settings)
-        options = check_launch_options(launcher, given, source="--set")
+        try:
+            options = launcher.Options.model_validate(given)
+        except ValidationError as error:
+            raise ProfileError(f"--set {describe_validation_error(error, launcher.Options)}") from None
         if work is not None:
             work.mkdir(parents=True, exist_ok=True)
         with interrupting(*END_SIGNALS), tempfile.TemporaryDirectory(prefix=f"servebench-{name}-") as scratch:
             click.echo(f"servebench: starting {name}", err=True)
-            server = launcher.launch(model, options, work or Path(scratch))
+            try:
+                server = launcher.launch(model, options, work or Path(scratch))
+            except ProfileError as error:  # an option that does not fit the model
+                raise ProfileError(f"--set {error}") from None
+            except LaunchError as error:
+                raise (error if work is None else with_log(error, name, work)) from None
+            for warning in launch_warnings(server.describe()):
+                click.echo(f"servebench: warning: {warning}", err=True)
             try:
                 with contextlib.suppress(KeyboardInterrupt):  # a signal before the watch hears them
                     _keep_up(name, server, model)
@@ -303,20 +339,29 @@ def _console() -> Console:
 
 
 def _report(directory: Path, *, as_json: bool) -> int:
-    from servebench.judge.verdict import exit_code
+    from servebench.engine.hosting import launch_warnings
+    from servebench.judge.verdict import exit_code, judge
+    from servebench.record.rundir import open_run
     from servebench.report.console import render
-    from servebench.report.rewrite import rewrite_reports
+    from servebench.report.rewrite import write_reports
 
+    stored = open_run(directory)
+    document = judge(stored)
+    unwritten: OSError | None = None
     try:
-        document = rewrite_reports(directory)
+        write_reports(stored, document, directory)
     except OSError as error:
-        click.echo(f"servebench: error: {directory}: {error.strerror}", err=True)
-        return _EXIT_FAILURE
+        unwritten = error
     if as_json:
         click.echo(json.dumps(document, indent=2))
     else:
         render(document, console=_console(), directory=directory)
+    for warning in launch_warnings(document["server"] or {}):
+        click.echo(f"servebench: warning: {warning}", err=True)
     for action in (document["server"] or {}).get("control", []):
         if "error" in action:
             click.echo(f"servebench: warning: the server was not left as it was found: {action['error']}", err=True)
+    if unwritten is not None:
+        click.echo(f"servebench: error: {directory}: its reports cannot be written: {unwritten.strerror}", err=True)
+        return _EXIT_FAILURE
     return exit_code(document["verdict"])

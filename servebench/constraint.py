@@ -29,7 +29,10 @@ _LINE = re.compile(r"^\s*(?P<subject>.+?)\s*(?P<op><=|>=|<|>)\s*(?P<bound>.+?)\s
 _SUBJECT = re.compile(
     r"^(?:(?P<series>[a-z]+)\.)?(?:p(?P<percentile>[0-9]{1,15}(?:\.[0-9]{1,15})?)|(?P<word>[a-z]+)(?:\((?P<argument>[^)]*)\))?)$"
 )
-_EXAMPLES = "p99 <= 50ms, response.p99.9 < 80ms, service.p50 < 8ms, errors < 0.1%, completed >= 99%, within(50ms) >= 99%"
+_EXAMPLES = (
+    "p99 <= 50ms, response.p99.9 < 80ms, service.p50 < 8ms, mean < 20ms, max < 1s, "
+    "errors < 0.1%, completed >= 99%, within(50ms) >= 99%, goodput(50ms) >= 380/s"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,8 @@ def parse_constraint(text: str) -> Constraint:
     if subject["percentile"] is not None:
         percentile = float(subject["percentile"])
         if not 0 < percentile < 100:
-            raise ValueError(f"percentile {subject['percentile']} is not between 0 and 100 (exclusive)")
+            largest = "; max is the largest" if percentile >= 100 else ""
+            raise ValueError(f"percentile {subject['percentile']} is not between 0 and 100 (exclusive){largest}")
         _require_op(op, ("<", "<="), canonical)
         bound_ns = parse_time_ns(line["bound"])
         return Constraint(canonical, "percentile", series, op, bound_ns, percentile, bound_ns)

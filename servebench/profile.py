@@ -7,14 +7,15 @@ keys are errors, ``None`` means "no limit".
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Hashable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from servebench.constraint import Constraint, parse_constraint
 from servebench.errors import ProfileError
@@ -23,8 +24,18 @@ from servebench.errors import ProfileError
 BUNDLED_PROFILES = "servebench_loadprofiles"
 BUNDLED_MODELS = "servebench_servers.models"
 
-Seed = Annotated[int, Field(ge=0, lt=2**64)]
 REDACTED = "<redacted>"
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+
+
+def _version_text(value: object) -> object:
+    """``version: 7`` is an integer to YAML. A number with a point has lost its form already: 1.10 came as 1.1."""
+    if isinstance(value, float):
+        raise ValueError(f"found the number {value}; write it in quotes, e.g. '1.0'")
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Version = Annotated[str, BeforeValidator(_version_text, json_schema_input_type=str | int)]
 
 
 class _Section(BaseModel):
@@ -71,7 +82,10 @@ class Server(_Section):
     @model_validator(mode="after")
     def _one_of(self) -> Server:
         if (self.launch is None) == (self.url is None):
-            raise ValueError("give exactly one of launch (a server to start) and url (a server that runs)")
+            one = "give exactly one of launch (a server to start) and url (a server that runs)"
+            if self.url is not None:
+                one += f"; to replace the section: --set 'server={{launch: {self.launch}}}' or --set 'server={{url: ADDRESS}}'"
+            raise ValueError(one)
         if self.url is not None:
             _check_url(self.url)
             if self.options:
@@ -102,7 +116,7 @@ class Endpoint(_Section):
     """Wire protocol: the KServe v2 inference protocol (Triton and others) over HTTP/1.1 or gRPC, or TorchServe's own REST or gRPC API."""
     model: str
     """Name of the model on the server."""
-    version: str | None = None
+    version: Version | None = None
     """Model version; the server chooses when omitted."""
     tensor_format: Literal["binary", "json"] = "binary"
     """How tensors travel over `kserve-http`: KServe's binary tensor extension, or plain JSON numbers. gRPC is always binary."""
@@ -200,7 +214,7 @@ class Load(_Section):
     """Untimed traffic at the same rate before measuring; its replies are awaited, then the measured schedule starts."""
     timeout_s: float = Field(default=10.0, gt=0, le=3_600)
     """A query without a complete reply this long after it was issued fails with kind `timeout`."""
-    drain_timeout_s: float = Field(default=10.0, ge=0, le=3_600)
+    drain_timeout_s: float = Field(default=10.0, gt=0, le=3_600)
     """How long to wait for outstanding replies after the last query was due; what is left is `unfinished` or, not yet sent, `shed`."""
 
 
@@ -240,6 +254,9 @@ class OutputCheck(_Section):
     """Absolute tolerance against golden values."""
 
 
+_CLIENT_SETTINGS_OF = {"http": ("warm_connections", "max_connections"), "grpc": ("channels",)}
+
+
 class Profile(_Section):
     """A load profile: who answers, what is asked, when, by whom, and the promise that is judged."""
 
@@ -270,7 +287,34 @@ class Profile(_Section):
             raise ValueError(f"client.transport: {self.client.transport} does not speak endpoint.protocol {endpoint.protocol}")
         if self.samples.source == "files" and not endpoint.protocol.startswith("torchserve"):
             raise ValueError(f"samples.source: files are bodies for TorchServe; endpoint.protocol is {endpoint.protocol}")
+        for name in _CLIENT_SETTINGS_OF["grpc" if endpoint.framing == "http" else "http"]:
+            if getattr(self.client, name) != Client.model_fields[name].default:  # effective settings name them all
+                raise ValueError(
+                    f"client.{name}: means nothing over {endpoint.framing} (endpoint.protocol {endpoint.protocol})"
+                )
         return self
+
+    @model_validator(mode="after")
+    def _replies_are_awaited_for_as_long_as_a_bound(self) -> Profile:
+        """A reply that was given up on cannot keep a promise that it would have kept."""
+        for constraint in self.parsed_constraints:
+            bound_ns = None if constraint.series == "delay" else constraint.latency_bound_ns
+            for name in ("timeout_s", "drain_timeout_s"):
+                limit_s = getattr(self.load, name)
+                if bound_ns is not None and bound_ns > limit_s * 1e9:
+                    raise ValueError(
+                        f"load.{name}: {limit_s:g} is less than the bound of {constraint.text!r}; give replies {bound_ns / 1e9:g} s or more"
+                    )
+        return self
+
+    @field_validator("constraints", mode="before")
+    @classmethod
+    def _constraints_are_a_list(cls, found: object) -> object:
+        if isinstance(found, str):
+            raise ValueError(f"found one line, write a list: [{found}]")
+        if found in (None, [], {}):
+            raise ValueError("at least one promise is needed, e.g. p99 <= 50ms")
+        return found
 
     @field_validator("constraints")
     @classmethod
@@ -289,35 +333,53 @@ class Profile(_Section):
         return data
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: the first, a promise perhaps, would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: list[object] = []
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.append(key)
+        return super().construct_mapping(node, deep=deep)
+
+
 def bundled_profiles() -> dict[str, Path]:
     """Profiles that ship with servebench, name -> file."""
     folder = Path(str(resources.files(BUNDLED_PROFILES)))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_profile(reference: str, overrides: list[str] | tuple[str, ...] = ()) -> Profile:
+def load_profile(reference: str, overrides: list[str] | tuple[str, ...] = (), *, files_needed: bool = True) -> Profile:
     """Read a profile by file path or bundled name and apply ``key.path=value`` overrides.
 
     Values of overrides are YAML. Raises `ProfileError` with one line: file, key, what was
-    found, what is allowed.
+    found, what is allowed. The files that it names must exist where ``files_needed``.
     """
     path = Path(reference)
     if not path.is_file():
         bundled = bundled_profiles()
         if reference not in bundled:
-            raise ProfileError(f"{reference}: no such file, and no bundled profile of that name; bundled: {', '.join(bundled)}")
+            if path.is_dir():
+                raise ProfileError(f"{reference}: is a directory; a profile is a file, or the name of a bundled one")
+            known = _meant(reference, list(bundled), "bundled")
+            raise ProfileError(f"{reference}: no such file, and no bundled profile of that name{known}")
         path = bundled[reference]
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ProfileError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        raise ProfileError(f"{path}: the file is empty")
     if not isinstance(data, dict):
         raise ProfileError(f"{path}: a profile is a mapping of keys, found {type(data).__name__}")
     apply_overrides(data, overrides)
     profile = parse_profile(data, source=str(path))
-    return _resolve_paths(profile, path.parent)
+    return _resolve_paths(profile, path.parent, files_needed=files_needed)
 
 
 def parse_profile(data: dict[str, Any], *, source: str) -> Profile:
@@ -329,27 +391,54 @@ def parse_profile(data: dict[str, Any], *, source: str) -> Profile:
 
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a pydantic error as ``key: what is wrong, what was found``, with the known keys for an unknown one."""
+    """The worst problem of a pydantic error as ``key: what is wrong, what was found``, and how many others there are.
+
+    Unknown keys come first, with the key that was meant, or all known ones; one with a slip in it is not missing besides.
+    """
     problems = error.errors(include_url=False)
-    first = problems[0]
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    others = [problem for problem in problems if problem is not first]
     key = ".".join(str(part) for part in first["loc"]) or "profile"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = f"unknown key; allowed here: {', '.join(_keys_at(model, first['loc'][:-1]))}"
+        *section, slip = first["loc"]
+        known = _keys_at(model, section)
+        message = f"unknown key{_meant(str(slip), known, 'allowed here')}"
+        others = [
+            problem
+            for problem in others
+            if problem["type"] != "missing" or problem["loc"] != (*section, *_near(str(slip), known))
+        ]
     elif first["type"] == "missing":
         message = "required, but missing"
     elif first["type"] != "value_error":
         message = f"{message[0].lower()}{message[1:]}, found {first['input']!r}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    more = f" (and {len(others)} more)" if others else ""
     return f"{message}{more}" if key == "profile" and first["type"] == "value_error" else f"{key}: {message}{more}"
 
 
-def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys of a section, through optional ones; none where another shape of a launcher's options hides them."""
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        sections = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, BaseModel)]
+        if len(sections) != 1:
+            return []
+        (model,) = sections
     return list(model.model_fields)
+
+
+def _meant(found: str, known: Sequence[str], listing: str) -> str:
+    """The known name that was meant by one that nobody knows, or all of them."""
+    near = _near(found, known)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; {listing}: {', '.join(known)}" if known else ""
+
+
+def _near(found: str, known: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(found, known, n=1)
 
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -363,7 +452,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ProfileError(f"--set {override!r}: write key.path=value, e.g. load.target_qps=300")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ProfileError(f"--set {override!r}: the value is not YAML") from None
     node = data
@@ -376,7 +465,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _resolve_paths(profile: Profile, base: Path) -> Profile:
+def _resolve_paths(profile: Profile, base: Path, *, files_needed: bool) -> Profile:
     def resolve(path: Path | None, key: str) -> Path | None:
         if path is None:
             return None
@@ -385,7 +474,7 @@ def _resolve_paths(profile: Profile, base: Path) -> Profile:
             resolved = Path(str(resources.files(BUNDLED_MODELS))) / text.removeprefix("models:")
         else:
             resolved = (base / path.expanduser()).absolute()  # the effective profile may be run from anywhere
-        if not resolved.exists():
+        if files_needed and not resolved.exists():
             raise ProfileError(f"{key}: {resolved}: no such file or directory")
         return resolved
 

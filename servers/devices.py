@@ -184,7 +184,10 @@ def detect() -> Inventory:
     """The devices of this machine, as torch sees them. `LaunchError` without torch, or when it fails."""
     version = installed_version("torch")
     if version is None:
-        raise LaunchError("the model needs torch, which is not installed; pip install 'servebench[triton]' brings it along")
+        raise LaunchError(
+            "the model needs torch, which is not installed; it comes with the server's extra: pip install 'servebench[triton]' "
+            "or 'servebench[torchserve]'"
+        )
     if version.endswith("+cpu") and sys.platform == "linux":  # built without accelerators: no need to ask
         return Inventory({}, f"torch {version}")
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 from servebench.errors import LaunchError
 
@@ -39,6 +41,15 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def memory_kills() -> int:
+    """How many processes the kernel has killed for want of memory, on this machine, since boot; 0 where it does not say."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(encoding="ascii"), flags=re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
 
 
 def _port_taken(port: int) -> bool:

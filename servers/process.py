@@ -3,7 +3,8 @@
 Contract. The server is the leader of a new session (hence of a process group), its output goes
 to one file, and it dies with us: the kernel sends it SIGKILL when the thread that started it ends
 (``PR_SET_PDEATHSIG``). `ServerProcess.stop` ends every process of the session, also after the
-leader itself is gone.
+leader itself is gone, and those that started sessions of their own (torch's launchers do): an
+environment variable, which they inherit, gives them away.
 
 Plan. The server is started through a few lines of Python that prepare the process and then
 become the server by ``exec``, so the process id is the server's own. ``preexec_fn`` would do it
@@ -13,14 +14,15 @@ with threads can deadlock.
 A dead leader is left unreaped until `stop`: a zombie keeps its process id, so no stranger can
 come to own the group id that is signalled.
 
-Limits: a grandchild that starts a session of its own escapes `stop`, and one whose leader was
-killed along with us has to notice that by itself (Triton's Python workers do).
+Limits: a grandchild with a session *and* an environment of its own escapes `stop`, and one whose
+leader was killed along with us has to notice that by itself (Triton's Python workers do).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -34,6 +36,11 @@ from servebench.errors import LaunchError
 
 _POLL_S = 0.01
 _TAIL_BYTES = 64 * 1024
+_MARK = "SERVEBENCH_SERVER"
+# For those that ignore SIGINT; one that is still busy ending heard nothing new.
+_TERM_GRACE_S = 1.0
+# For processes that outlive their leader, perhaps because they were started too late to hear the signal.
+_ORPHANS_GRACE_S = 1.0
 
 # Runs in the new process. The parent may have died before prctl: then nobody would signal us, so
 # compare the parent's id. Ignored signals survive exec (a shell's background jobs ignore
@@ -70,6 +77,9 @@ class ServerProcess:
     outside the main thread: the kernel would kill the server when that thread ends.
     """
 
+    #: How long the leader may go on in `stop` when no other process of the server is left; None: as long as with others.
+    alone_grace_s: float | None = None
+
     def __init__(
         self,
         name: str,
@@ -88,13 +98,15 @@ class ServerProcess:
         self.argv = tuple(argv)
         self.log_path = log_path
         cpu_list = ",".join(str(cpu) for cpu in cpus or ())
+        mark = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._mark = f"{_MARK}={mark}".encode()
         with log_path.open("wb") as log:
             self._popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _BECOME_SERVER, str(os.getpid()), cpu_list, *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=None if env is None else dict(env),
+                env={**(os.environ if env is None else env), _MARK: mark},
                 cwd=cwd,
                 start_new_session=True,
             )
@@ -134,13 +146,15 @@ class ServerProcess:
             raise
 
     def stop(self, grace_s: float = 5.0) -> None:
-        """End every process of the session: SIGINT, after ``grace_s`` SIGTERM, after another ``grace_s`` SIGKILL.
+        """End every process of the server: SIGINT, after ``grace_s`` SIGTERM, a second later (or ``grace_s``) SIGKILL.
 
-        Returns when all are gone and the exit code is collected; idempotent.
+        Without their leader the others get a second each time. Returns when all are gone and the
+        exit code is collected; idempotent.
         """
         if self._popen.returncode is not None:
             return
-        for number, wait_s in ((signal.SIGINT, grace_s), (signal.SIGTERM, grace_s), (signal.SIGKILL, None)):
+        waits = ((signal.SIGINT, grace_s), (signal.SIGTERM, min(grace_s, _TERM_GRACE_S)), (signal.SIGKILL, None))
+        for number, wait_s in waits:
             if self._signal_and_wait(number, wait_s):
                 break
         self._popen.wait()
@@ -160,34 +174,47 @@ class ServerProcess:
             time.sleep(_POLL_S)
 
     def _signal_and_wait(self, number: signal.Signals, wait_s: float | None) -> bool:
-        """Signal the whole session; True when no process of it lives after at most ``wait_s`` (None: no limit)."""
-        started_s = time.monotonic()
-        members = _session_members(self.pid)
+        """Signal the whole server; True when no process of it lives after at most ``wait_s`` (None: no limit)."""
+        started_s = alone_since_s = orphaned_since_s = time.monotonic()
+        members = self._members()
         for pid in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-        while members and (wait_s is None or time.monotonic() - started_s < wait_s):
+        while members:
+            now_s = time.monotonic()
+            if members != [self.pid]:
+                alone_since_s = now_s
+            if self.pid in members:
+                orphaned_since_s = now_s
+            over = (
+                now_s - started_s >= (wait_s or 0.0)
+                or (self.alone_grace_s is not None and now_s - alone_since_s >= self.alone_grace_s)
+                or now_s - orphaned_since_s >= _ORPHANS_GRACE_S
+            )
+            if over and wait_s is not None:
+                return False
             time.sleep(_POLL_S)
-            members = _session_members(self.pid)
+            members = self._members()
             if number is signal.SIGKILL:  # one that was forked while we counted
                 for pid in members:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, number)
-        return not members
+        return True
 
-
-def _session_members(session: int) -> list[int]:
-    """Ids of the living processes of a session. Zombies are dead: they wait for their parent, not for us."""
-    members = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = Path(entry.path, "stat").read_bytes()
-        except OSError:  # ended since the listing
-            continue
-        # "pid (command) state ppid pgrp session ..."; the command may hold spaces and parentheses (proc(5)).
-        state, _, _, sid, *_ = stat[stat.rindex(b")") + 2 :].split()
-        if int(sid) == session and state not in (b"Z", b"X"):
-            members.append(int(entry.name))
-    return members
+    def _members(self) -> list[int]:
+        """Ids of the server's living processes. Zombies are dead: they wait for their parent, not for us."""
+        members = []
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdigit():
+                continue
+            try:
+                stat = Path(entry.path, "stat").read_bytes()
+                # "pid (command) state ppid pgrp session ..."; the command may hold spaces and parentheses (proc(5)).
+                state, _, _, session, *_ = stat[stat.rindex(b")") + 2 :].split()
+                if state in (b"Z", b"X"):
+                    continue
+                if int(session) == self.pid or self._mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                    members.append(int(entry.name))
+            except OSError:  # ended since the listing, or somebody else's
+                continue
+        return members

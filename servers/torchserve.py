@@ -35,6 +35,7 @@ from .models.serving import TORCHSERVE_FILES
 from .process import ServerProcess
 from .torchserve_config import ENDPOINTS, TorchServeConfig
 from .torchserve_container import ANY_ADDRESS, CONTAINER_PORTS, torchserve_container
+from .torchserve_cpu_launcher import ALLOCATORS, LauncherArgument, check_programs, launcher_environment, plan_launcher
 from .torchserve_install import TorchServeInstallation, check_temp_dir, find_installation
 from .torchserve_server import KEY_FILE, TorchServeServer
 
@@ -66,6 +67,10 @@ class TorchServeOptions(HostingOptions):
     """Largest Java heap, in MiB."""
     cpus: list[int] | None = Field(default=None, min_length=1)
     """CPUs the server and its workers may use, e.g. `[0]`; all when omitted."""
+    cpu_launcher: bool = False
+    """Bind every worker to `torch_threads` CPUs of its own (`cpu_launcher_enable`); they have to suffice for all workers."""
+    cpu_launcher_args: list[LauncherArgument] = Field(default_factory=list)
+    """What else to tell torch's `run_cpu`: which allocator to preload, no Intel OpenMP, no numactl (`cpu_launcher_args`)."""
     container: ContainerOptions | None = None
     """Run TorchServe in a container, whose image has to bring Java and torch; as a process of this host when omitted."""
     java: FilePath | None = None
@@ -94,6 +99,12 @@ class TorchServeOptions(HostingOptions):
             raise ValueError("java is a program of this host, so it cannot go with container")
         if self.container is not None and self.token_auth:
             raise ValueError("token_auth does not go with container: TorchServe writes its tokens to a file inside")
+        if self.container is not None and self.cpu_launcher:
+            raise ValueError("cpu_launcher does not go with container: what became of it can be seen inside only; use cpus")
+        if self.cpu_launcher_args and not self.cpu_launcher:
+            raise ValueError("cpu_launcher_args are of no use without cpu_launcher: true")
+        if len(chosen := set(self.cpu_launcher_args) & set(ALLOCATORS)) > 1:
+            raise ValueError(f"cpu_launcher_args: one allocator, found {', '.join(sorted(chosen))}")
         given = [port for port in self.ports.values() if port]
         if len(set(given)) < len(given):
             raise ValueError(f"the five ports must differ, found {given}")
@@ -154,11 +165,17 @@ class TorchServeLauncher:
 
 def model_config(hosting: Hosting, options: TorchServeOptions) -> TorchServeConfig:
     """TorchServe's configuration of a model under these options; ``handler`` is what its workers read."""
+    workers = options.workers * hosting.placement.count
+    launcher = None
+    if options.cpu_launcher:
+        launcher = plan_launcher(
+            usable_cpus(options), workers=workers, threads=options.torch_threads, extra=options.cpu_launcher_args
+        )
     return TorchServeConfig(
         model=hosting.model.name,
         batch_size=options.batch_size,
         max_batch_delay_ms=options.max_batch_delay_ms,
-        workers=options.workers * hosting.placement.count,
+        workers=workers,
         job_queue_size=options.job_queue_size,
         response_timeout_s=options.response_timeout_s,
         startup_timeout_s=math.ceil(options.startup_timeout_s),
@@ -170,7 +187,13 @@ def model_config(hosting: Hosting, options: TorchServeOptions) -> TorchServeConf
         handler={"serving": hosting.settings.to_json()},
         device_type=hosting.placement.torchserve_device_type,
         device_ids=hosting.placement.torchserve_device_ids,
+        cpu_launcher=launcher,
     )
+
+
+def usable_cpus(options: TorchServeOptions) -> list[int]:
+    """The CPUs that the server may use."""
+    return sorted(set(options.cpus or os.sched_getaffinity(0)))
 
 
 def write_archive(hosting: Hosting, config: TorchServeConfig, store: Path) -> Path:
@@ -219,11 +242,15 @@ def _start_process(
     """A TorchServe of this host, and facts about it."""
     installation = find_installation(None if options.java is None else str(options.java.absolute()))
     check_temp_dir(temp_dir)
+    env = installation.environment(os.environ, temp_dir, work_dir / "logs")
+    if config.cpu_launcher is not None:
+        env = launcher_environment(env)
+        check_programs(lambda name: shutil.which(name, path=env["PATH"]))
     process = ServerProcess(
         "torchserve",
         server_command(installation, config, work_dir, temp_dir, own_log=not options.request_log),
         work_dir / "torchserve.log",
-        env=installation.environment(os.environ, temp_dir, work_dir / "logs"),
+        env=env,
         cwd=temp_dir,
         cpus=options.cpus,
     )
@@ -275,10 +302,9 @@ def _facts(
     properties: str,
     temp_dir: Path,
 ) -> dict[str, Any]:
-    cpus = options.cpus or sorted(os.sched_getaffinity(0))
     return {
         "name": "torchserve",
-        **hosting.facts(processes=config.workers, cpus=len(cpus)),
+        **hosting.facts(processes=config.workers, cpus=len(usable_cpus(options))),
         "batch_size": options.batch_size,
         "max_batch_delay_ms": options.max_batch_delay_ms,
         "workers": config.workers,
@@ -287,6 +313,7 @@ def _facts(
         "netty_threads": options.netty_threads,
         "request_log": options.request_log,
         "cpus": options.cpus,
+        "cpu_launcher": None if config.cpu_launcher is None else {"args": config.cpu_launcher.arguments},
         "token_auth": options.token_auth,
         "key_file": str(temp_dir / KEY_FILE) if options.token_auth else None,
         "config": properties,

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from .host import HOST
+from .torchserve_cpu_launcher import CpuLauncher
 
 #: Endpoints that get a port of their own. ``worker`` is the first of the ports of its Python
 #: processes, used only where TorchServe cannot have Unix sockets.
@@ -82,6 +83,7 @@ class TorchServeConfig:
     handler: Mapping[str, Any]  #: what the model's handler reads
     device_type: str = "cpu"  #: ``cpu`` or ``gpu``
     device_ids: tuple[int, ...] = ()  #: of the GPUs that workers are spread over
+    cpu_launcher: CpuLauncher | None = None  #: None: workers run on any of the server's CPUs
 
     @property
     def vmargs(self) -> list[str]:
@@ -129,6 +131,8 @@ class TorchServeConfig:
         }
         if self.netty_threads is not None:
             properties["number_of_netty_threads"] = self.netty_threads
+        if self.cpu_launcher is not None:
+            properties |= {"cpu_launcher_enable": True, "cpu_launcher_args": self.cpu_launcher.arguments}
         return "".join(
             f"{key}={str(value).lower() if isinstance(value, bool) else value}\n" for key, value in properties.items()
         )

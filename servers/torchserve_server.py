@@ -22,9 +22,11 @@ from servebench.errors import LaunchError
 from servebench.launcher import RunningServer
 
 from .container_engine import ContainerError
-from .host import HOST
+from .host import HOST, memory_kills
 from .process import ServerProcess
+from .remedies import explain
 from .torchserve_config import TorchServeConfig
+from .torchserve_cpu_launcher import inspect_workers
 
 KEY_FILE = "key_file.json"
 _STARTED = "Model server started."
@@ -114,6 +116,7 @@ class TorchServeServer:
             raise
 
     def _wait_until_it_says_so(self, deadline_s: float) -> None:
+        kills_before = memory_kills()
         try:
             self._process.wait_ready(self._is_ready, deadline_s)
         except ContainerError:
@@ -124,8 +127,8 @@ class TorchServeServer:
             happened = str(error).partition(": ")[0]
             cause = failure_cause(self._log() if " ended (" in happened else self._seen_log)
             text = f"{happened}: {cause}" if cause else str(error)
-            remedy = "; raise startup_timeout_s" if "was not ready" in happened else ""
-            raise LaunchError(text + remedy, log_tail=error.log_tail) from None
+            told = LaunchError(text, log_tail=error.log_tail)
+            raise explain(told, killed_for_memory=memory_kills() > kills_before) from None
 
     def _is_ready(self) -> bool:
         log = self._seen_log = self._log()
@@ -146,6 +149,10 @@ class TorchServeServer:
         if differences:
             message = f"TorchServe changed the model's configuration: {'; '.join(differences)}"
             raise LaunchError(message, log_tail=self._process.log_tail())
+        launcher = self._config.cpu_launcher
+        if launcher is not None:
+            workers = inspect_workers(launcher, [worker["pid"] for worker in self._described["workers"]])
+            self._facts["cpu_launcher"] = {**self._facts["cpu_launcher"], "workers": workers}
 
     def _describe_model(self) -> dict[str, Any]:
         path = f"/models/{self._config.model}"

@@ -24,14 +24,17 @@ from servebench.errors import LaunchError
 from servebench.launcher import RunningServer
 
 from .container_engine import ContainerError
-from .host import HOST
+from .host import HOST, memory_kills
 from .process import ServerProcess
+from .remedies import explain
 from .triton_config import TritonModelConfig
 from .triton_install import SHM_DIR
 
 _PROBE_TIMEOUT_S = 2.0
 # Unloading takes Triton a second per instance, and it looks at the result once a second.
 _STOP_GRACE_S, _STOP_GRACE_PER_INSTANCE_S = 5.0, 2.0
+# After the failed reload of a model that was served, Triton waits half a minute for a model that is no longer there.
+_ALONE_GRACE_S = 2.5
 
 
 class TritonServer:
@@ -49,6 +52,7 @@ class TritonServer:
         facts: Mapping[str, Any],
     ) -> None:
         self._process = process
+        process.alone_grace_s = _ALONE_GRACE_S  # it computes nothing by itself
         self._config = config
         self._config_path = config_path
         self._ports = ports
@@ -113,6 +117,7 @@ class TritonServer:
 
     def _wait_until_it_says_so(self, deadline_s: float) -> None:
         model_ready = f"/v2/models/{self._config.name}/ready"
+        kills_before = memory_kills()
         try:
             self._process.wait_ready(lambda: self._says_ready("/v2/health/ready") and self._says_ready(model_ready), deadline_s)
         except ContainerError:
@@ -121,7 +126,8 @@ class TritonServer:
             # The process quotes the log's last line; Triton's last *error* says more.
             happened = str(error).partition(": ")[0]
             cause = failure_cause(self.log_path.read_text(encoding="utf-8", errors="replace"))
-            raise LaunchError(f"{happened}: {cause}" if cause else str(error), log_tail=error.log_tail) from None
+            told = LaunchError(f"{happened}: {cause}" if cause else str(error), log_tail=error.log_tail)
+            raise explain(told, killed_for_memory=memory_kills() > kills_before) from None
 
     def _check_config(self) -> None:
         differences = self._config.differences(self._get_json(f"/v2/models/{self._config.name}/config"))

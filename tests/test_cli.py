@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 from e2e import command, profile_data, start_command, stub
 from hdrh.histogram import HdrHistogram
 from hdrh.log import HistogramLogReader
+from pydantic import BaseModel
 
-import servebench
+import servebench.launcher
+from servebench.cli import main
+from servebench.errors import ProfileError
 from servebench.profile import Profile, bundled_profiles
 
 
@@ -36,7 +41,7 @@ def one_line(text: str) -> str:
 
 BAD_INPUT = [
     pytest.param(["--set", "load.qps=5"], "load.qps: unknown key; allowed here: target_qps, arrivals,", id="unknown key"),
-    pytest.param(["--set", "laod.target_qps=5"], "laod: unknown key; allowed here: name,", id="unknown section"),
+    pytest.param(["--set", "laod.target_qps=5"], "laod: unknown key; did you mean load?", id="unknown section"),
     pytest.param(
         ["--set", "constraints=['p99 <= 50']"], "constraints: '50' is not a time; write a number with ns, us", id="no unit"
     ),
@@ -47,7 +52,7 @@ BAD_INPUT = [
     pytest.param(
         ["--set", "constraints=['p99 of 5']"], "is not a constraint; write for example: p99 <= 50ms", id="not a constraint"
     ),
-    pytest.param(["--set", "constraints=[]"], "constraints: list should have at least 1 item", id="no constraint"),
+    pytest.param(["--set", "constraints=[]"], "constraints: at least one promise is needed", id="no constraint"),
     pytest.param(
         ["--set", "load.target_qps=-1"], "load.target_qps: input should be greater than 0, found -1", id="negative rate"
     ),
@@ -58,7 +63,7 @@ BAD_INPUT = [
         ["--set", "server.launch=vllm"], "no launcher called 'vllm'; installed: stub, torchserve, triton", id="unknown launcher"
     ),
     pytest.param(
-        ["--set", "server.options.prot=1"], "server.options.prot: unknown key; allowed here: service,", id="unknown option"
+        ["--set", "server.options.prot=1"], "server.options.prot: unknown key; did you mean port?", id="unknown option"
     ),
     pytest.param(["--set", "server.url=http://127.0.0.1:1"], "exactly one of launch", id="launch and url"),
     pytest.param(
@@ -191,6 +196,7 @@ def test_a_run_leaves_every_file_and_report_recomputes_them(tmp_path: Path) -> N
     ("prepare", "message"),
     [
         pytest.param(lambda path: None, "no such directory", id="missing"),
+        pytest.param(lambda path: path.write_text("{}"), "dir: is a file; give the run's directory: .", id="a file"),
         pytest.param(lambda path: path.mkdir(), "not a run directory: it has no facts.json", id="empty"),
         pytest.param(lambda path: (path.mkdir(), (path / "facts.json").write_text("{")), "cannot be read", id="broken facts"),
         pytest.param(
@@ -205,6 +211,82 @@ def test_report_refuses_what_is_no_run(tmp_path: Path, prepare: Any, message: st
     done = command("report", "dir", cwd=tmp_path)
     assert done.returncode == 2
     assert message in one_line(done.stderr)
+
+
+def test_report_names_the_newest_of_several_runs(tmp_path: Path) -> None:
+    for name, at_s in (("a", 2000), ("b", 3000), ("c", 1000)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "facts.json").write_text("{}")
+        os.utime(tmp_path / "runs" / name / "facts.json", (at_s, at_s))
+    done = command("report", "runs", cwd=tmp_path)
+    assert done.returncode == 2
+    assert one_line(done.stderr).endswith("runs: not a run directory, but one of runs; the newest is runs/b")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments", "message"),
+    [
+        pytest.param("triton", [], "--model: required; bundled profiles have: bert, delay, digits,", id="no model"),
+        pytest.param("stub", ["--set", "max_batch=3"], "--set max_batch: unknown key; allowed here: service,", id="option"),
+        pytest.param("stub", ["--set", "queue_limit=x"], "--set queue_limit: input should be a valid integer", id="value"),
+    ],
+)
+def test_serve_refuses_bad_input_before_it_starts(tmp_path: Path, launcher: str, arguments: list[str], message: str) -> None:
+    done = command("serve", launcher, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in one_line(done.stderr)
+
+
+def test_options_that_a_launcher_refuses_are_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        class Options(BaseModel):
+            size: int = 1
+
+        def launch(self, model: str, options: Any, work_dir: Path) -> Any:
+            raise ProfileError(f"size: {model} is smaller than {options.size}")
+
+    monkeypatch.setattr(servebench.launcher, "launcher_names", lambda: ["refusing"])
+    monkeypatch.setattr(servebench.launcher, "find_launcher", lambda name: Refusing())
+    done = CliRunner().invoke(main, ["serve", "refusing", "--model", "m", "--set", "size=3"])
+    assert done.exit_code == 2
+    assert done.output.splitlines()[-1] == "servebench: error: --set size: m is smaller than 3"
+    done = CliRunner().invoke(main, ["serve", "refusing"])  # a launcher that no bundled profile names
+    assert (done.exit_code, done.output) == (2, "servebench: error: --model: required\n")
+
+
+def test_schedule_counts_the_samples_of_files_and_needs_none_that_are_counted(tmp_path: Path) -> None:
+    def previewed(*arguments: str) -> int:
+        done = command("schedule", str(path), "--json", *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        distinct: int = json.loads(done.stdout)["distinct_samples"]
+        return distinct
+
+    load = {"target_qps": 100, "min_duration_s": 0, "min_query_count": 5000}
+    for source, name in (("npz", "x.npz"), ("npy", "npy"), ("files", "bodies")):
+        endpoint = {"model": "m", "protocol": "torchserve-http"}
+        path = written(tmp_path, samples={"source": source, "path": name}, endpoint=endpoint, load=load)
+        assert previewed("--samples", "10") == 10
+        done = command("schedule", str(path), cwd=tmp_path)
+        assert done.returncode == 2 and name in one_line(done.stderr)
+    np.savez(tmp_path / "x.npz", A=np.zeros((70, 3)), B=np.zeros(70))
+    (tmp_path / "npy").mkdir()
+    np.save(tmp_path / "npy" / "A.npy", np.zeros((71, 3)))
+    (tmp_path / "bodies").mkdir()
+    for number in range(72):
+        (tmp_path / "bodies" / str(number)).write_text("x")
+    assert previewed() == 72
+    for samples, expected in (
+        ({"source": "npz", "path": "x.npz"}, 70),
+        ({"source": "npz", "path": "x.npz", "batch_size": 4}, 18),  # the last one wraps round
+        ({"source": "npy", "path": "npy"}, 71),
+        ({"source": "random", "count": 73}, 73),
+    ):
+        path = written(tmp_path, samples=samples, load=load)
+        assert previewed() == expected, samples
+    path = written(tmp_path, samples={"source": "perf-analyzer", "path": "x.json"}, load=load)
+    done = command("schedule", str(path), cwd=tmp_path)
+    assert done.returncode == 2 and "give the size (--samples)" in one_line(done.stderr)
+    assert previewed("--samples", "7") == 7
 
 
 def test_schedule_previews_the_published_loadgen_run(tmp_path: Path) -> None:

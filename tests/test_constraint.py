@@ -66,6 +66,7 @@ def test_times_are_exact(text: str, ns: int) -> None:
     ("text", "message"),
     [
         pytest.param("", "'' is not a constraint; write for example: p99 <= 50ms", id="nothing"),
+        pytest.param("p101 <= 5ms", "101 is not between 0 and 100 (exclusive); max is the largest", id="p101"),
         pytest.param("p99", "'p99' is not a constraint", id="no bound"),
         pytest.param("p99 = 50ms", "'p99 = 50ms' is not a constraint", id="equals"),
         pytest.param("<= 50ms", "'<= 50ms' is not a constraint", id="no subject"),
@@ -75,7 +76,7 @@ def test_times_are_exact(text: str, ns: int) -> None:
         pytest.param("p-1 <= 50ms", "'p-1' is not something to constrain", id="negative percentile"),
         pytest.param("p٩٩ <= 50ms", "'p٩٩' is not something to constrain", id="digits of another script"),
         pytest.param("p0 <= 50ms", "percentile 0 is not between 0 and 100 (exclusive)", id="p0"),
-        pytest.param("p100 <= 50ms", "percentile 100 is not between 0 and 100 (exclusive)", id="p100"),
+        pytest.param("p100 <= 50ms", "percentile 100 is not between 0 and 100 (exclusive); max is the largest", id="p100"),
         pytest.param("p99.999999999999999 <= 1s", "percentile 99.999999999999999 is not between", id="p100 in a double"),
         pytest.param("median <= 50ms", "'median' is not something to constrain", id="unknown word"),
         pytest.param(
@@ -159,6 +160,17 @@ _MARKS = [
     "\n",
     "٣",
 ]
+
+
+@pytest.mark.parametrize("text", ["", "throughput >= 200"])
+def test_the_examples_show_every_kind_and_are_constraints(text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_constraint(text)
+    examples = str(caught.value).partition("for example: ")[2].split(", ")
+    kinds = {parse_constraint(example).kind for example in examples}
+    assert kinds == {"percentile", "mean", "max", "errors", "completed", "within", "goodput"}
+    with pytest.raises(ValueError, match=r"\(exclusive\)$"):  # max is no remedy for too small a one
+        parse_constraint("p0 <= 5ms")
 
 
 @settings(deadline=None)

@@ -1,6 +1,7 @@
 """The control plane against scripted servers: what it makes of their words, and of their silence."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import ssl
@@ -101,7 +102,22 @@ def test_a_model_that_is_not_there() -> None:
     text = refusal(lambda: kserve(answers, lambda control: control.discover("m")))
     assert text.startswith("endpoint.model: 'm' is not on the server at http://127.0.0.1:")
     assert text.endswith("(HTTP 404: Request for unknown model: 'm' is not found); it has: a, b")
-    assert refusal(lambda: kserve({}, lambda control: control.discover("m"))).endswith("(HTTP 404: nothing there)")
+    about: Answers = {"GET /v2": [(200, {"name": "s", "version": "1", "extensions": []})]}
+    assert refusal(lambda: kserve(about, lambda control: control.discover("m"))).endswith("(HTTP 404: nothing there)")
+    about["GET /v2"] = [(401, "")]  # whoever asks for a token may well speak KServe
+    assert "'m' is not on the server" in refusal(lambda: kserve(about, lambda control: control.discover("m")))
+
+
+@pytest.mark.parametrize("status", [404, 405])
+def test_a_server_that_knows_nothing_of_kserve(status: int) -> None:
+    """GET /v2 is the protocol's own server metadata. TorchServe says 404 to all of it, for models that it has."""
+    answers: Answers = {"GET /v2": [(status, {"code": status, "message": "Requested resource is not found"})]}
+    text = refusal(lambda: kserve(answers, lambda control: control.discover("m")))
+    assert text.startswith("endpoint.protocol: http://127.0.0.1:")
+    assert text.endswith(
+        f" does not seem to speak KServe v2 (GET /v2: HTTP {status}: Requested resource is not found); "
+        "a TorchServe needs torchserve-http"
+    )
 
 
 def test_a_server_without_tritons_extensions_is_described_and_says_nothing_of_its_work() -> None:
@@ -213,9 +229,107 @@ def test_nobody_there() -> None:
         lambda: TorchServeControl(url, ssl_context=TLS),
         lambda: KServeGrpcControl(f"grpc://127.0.0.1:{port}", metadata=[], ca_file=None),
     ):
-        assert f"127.0.0.1:{port}: cannot be reached: " in refusal(
+        assert refusal(
             lambda make=make: asyncio.run(main(make)), TransportError  # type: ignore[misc]
-        )  # fmt: skip
+        ).endswith(f"127.0.0.1:{port}: cannot be reached: connection refused; is the server running there?")  # fmt: skip
+
+
+async def settings_of_http2(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """What a gRPC server says first (RFC 9113, 3.4): an empty SETTINGS frame."""
+    writer.write(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+
+
+async def refusal_of_http1(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(1)
+    writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+
+async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """It hears something, and hangs up."""
+    await reader.read(1)
+
+
+async def end_of_a_call(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A gRPC server that dies of a call: it says SETTINGS, hears HEADERS (frame type 1), and hangs up."""
+    await settings_of_http2(reader, writer)
+    await reader.readexactly(24)  # the client's preface
+    kind = None
+    while kind != 1:
+        head = await reader.readexactly(9)
+        kind = head[3]
+        await reader.readexactly(int.from_bytes(head[:3]))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "answer", "words"),
+    [
+        pytest.param(
+            "http",
+            settings_of_http2,
+            "does not answer HTTP; is this the port of gRPC (grpc://, with the endpoint.protocol that ends in -grpc), "
+            "or behind TLS (https://)?",
+            id="HTTP to gRPC's port",
+        ),
+        pytest.param("http", silence, "ended the connection without an HTTP answer; is this the port of gRPC", id="hangs up"),
+        pytest.param("https", refusal_of_http1, "does not answer TLS; is it http://?", id="TLS to a plain server"),
+        pytest.param("https", silence, "does not answer TLS; is it http://?", id="TLS to a plain server that hangs up"),
+        pytest.param(
+            "grpc",
+            refusal_of_http1,
+            "does not speak gRPC; is this the port of HTTP (http://, with the endpoint.protocol that ends in -http), "
+            "or behind TLS (grpcs://)?",
+            id="gRPC to HTTP's port",
+        ),
+        pytest.param(
+            "grpc", silence, "ended the connection before it spoke gRPC; is this the port of HTTP", id="as Triton's HTTP port"
+        ),
+        pytest.param("grpc", end_of_a_call, "Stream removed", id="a gRPC server that dies gets no advice"),
+        pytest.param("grpcs", refusal_of_http1, "does not answer TLS; is it grpc://?", id="gRPC with TLS to a plain server"),
+    ],
+)
+def test_a_server_that_speaks_something_else(
+    scheme: str, answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], words: str
+) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await answer(reader, writer)
+            await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            control = (
+                KServeGrpcControl(url, metadata=[], ca_file=None)
+                if scheme.startswith("grpc")
+                else KServeControl(url, headers={}, ssl_context=TLS)
+            )
+            try:
+                await control.discover("m")
+            finally:
+                await control.close()
+
+    text = refusal(lambda: asyncio.run(main()), TransportError)
+    assert f": cannot be reached: {words}" in text
+    assert ("?" in text) is ("?" in words or "is this" in words)
+
+
+def test_a_certificate_that_nobody_trusts_is_named() -> None:
+    """Neither "refused" nor "no TLS": the library's words say best what is wrong."""
+    trustme = pytest.importorskip("trustme", reason="trustme is not installed")
+
+    async def main() -> None:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        trustme.CA().issue_cert("127.0.0.1").configure_cert(tls)
+        async with await asyncio.start_server(silence, "127.0.0.1", 0, ssl=tls) as server:
+            control = KServeControl(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", headers={}, ssl_context=TLS)
+            try:
+                await control.ready()
+            finally:
+                await control.close()
+
+    text = refusal(lambda: asyncio.run(main()), TransportError)
+    assert "cannot be reached: " in text and "certificate verify failed" in text and "?" not in text
 
 
 # ---- KServe over gRPC ----------------------------------------------------------------------
@@ -257,6 +371,8 @@ def test_a_refusal_over_grpc_is_not_taken_for_silence() -> None:
     assert text.endswith("(NOT_FOUND: Request for unknown model: 'm' is not found)")
     assert "cannot unload 'm' (NOT_FOUND: " in refusal(lambda: grpc_control(*unknown, lambda control: control.unload("m")))
     assert grpc_control(*unknown, lambda control: control.activity("m")) == Activity(ready=False)
+    text = refusal(lambda: grpc_control(grpc.StatusCode.UNIMPLEMENTED, "no method", lambda control: control.discover("m")))
+    assert text.endswith(" does not seem to speak KServe v2 (UNIMPLEMENTED: no method); a TorchServe needs torchserve-grpc")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from servebench_servers.devices import ACCELERATORS, InstanceGroup, Inventory, c
 from servebench_servers.models import MODELS
 from servebench_servers.models.options import HostingOptions, prepare
 
-from servebench.errors import LaunchError
+from servebench.errors import LaunchError, ProfileError
 
 TORCH = "torch 9.9"
 
@@ -140,7 +140,9 @@ def test_a_torch_without_accelerators_is_not_asked(monkeypatch: pytest.MonkeyPat
 
 def test_no_torch_is_a_launch_error(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     monkeypatch.setattr(devices, "installed_version", lambda name: None)
-    with pytest.raises(LaunchError, match="torch, which is not installed"):
+    with pytest.raises(
+        LaunchError, match=r"torch, which is not installed.*'servebench\[triton\]' or 'servebench\[torchserve\]'"
+    ):
         place("auto")
     assert place("cpu").label == "cpu"  # whoever hosts will notice
 
@@ -224,7 +226,7 @@ def test_what_cannot_be_hosted_is_refused(
 ) -> None:
     counts = {"cuda": 1}
     monkeypatch.setattr("servebench_servers.devices.detect", lambda: Inventory(counts, TORCH))
-    with pytest.raises(LaunchError, match=message) as caught:
+    with pytest.raises((LaunchError, ProfileError), match=message) as caught:
         prepare(model, HostingOptions(**options), server="X")
     assert "\n" not in str(caught.value)
 

@@ -146,6 +146,14 @@ def test_stop_escalates_until_the_server_ends(start, code, signal_number):
     assert is_gone(process.pid)
 
 
+def test_sigterm_is_given_a_second_and_not_the_grace_of_sigint(start):
+    process = start(IGNORES_ALL)
+    process.wait_ready(lambda: process.log_tail() == "up", deadline_s=10)
+    started_s = time.monotonic()
+    process.stop(grace_s=4)
+    assert 5 <= time.monotonic() - started_s < 7.5
+
+
 @pytest.mark.parametrize("leader", ["stay", "die"])
 def test_stop_ends_children_of_the_session_whether_or_not_the_leader_lives(start, leader):
     process = start(HAS_CHILD, leader)
@@ -156,6 +164,52 @@ def test_stop_ends_children_of_the_session_whether_or_not_the_leader_lives(start
     assert not is_gone(child)
     process.stop(grace_s=0.05)
     assert is_gone(child)
+
+
+def test_stop_ends_children_in_sessions_of_their_own(start):
+    """As torch's launchers start their workers; the leader ends by itself, nothing of its session is left."""
+    process = start(HAS_CHILD.replace("process_group=0", "start_new_session=True"), "die")
+    until(lambda: "up" in process.log_tail() and process.exit_code() == 0)
+    child = int(process.log_tail().splitlines()[0])
+    assert os.getsid(child) == child and not is_gone(child)
+    process.stop(grace_s=0.05)
+    assert is_gone(child)
+
+
+def test_children_are_not_taken_for_another_servers(start):
+    first = start(HAS_CHILD.replace("process_group=0", "start_new_session=True"), "stay")
+    until(lambda: "up" in first.log_tail())
+    child = int(first.log_tail().splitlines()[0])
+    second = start(HEARS_SIGINT)
+    second.stop(grace_s=5)
+    assert not is_gone(child) and first.exit_code() is None
+
+
+def test_orphans_get_no_grace_of_their_leaders(start):
+    process = start(HAS_CHILD, "die")
+    until(lambda: "up" in process.log_tail() and process.exit_code() == 0)
+    started_s = time.monotonic()
+    process.stop(grace_s=60)
+    assert time.monotonic() - started_s < 20
+
+
+def test_a_leader_that_is_left_alone_gets_less_grace(start):
+    """Its only child hears SIGINT, it does not, and has nothing to do any more."""
+    code = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", {HEARS_SIGINT!r}])
+print(child.pid, flush=True)
+while True: time.sleep(60)
+"""
+    process = start(code)
+    until(lambda: "up" in process.log_tail())
+    child = int(process.log_tail().splitlines()[0])
+    process.alone_grace_s = 0.1
+    started_s = time.monotonic()
+    process.stop(grace_s=60)
+    assert time.monotonic() - started_s < 20
+    assert process.exit_code() == -signal.SIGTERM and is_gone(child)
 
 
 def test_a_server_started_where_sigint_is_ignored_hears_it_nevertheless(start):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from servebench.errors import ProfileError
 from servebench.load.scenario import plan_server
@@ -17,6 +17,7 @@ from servebench.profile import (
     Profile,
     apply_overrides,
     bundled_profiles,
+    describe_validation_error,
     load_profile,
     parse_profile,
 )
@@ -80,6 +81,8 @@ def test_caps_are_off_unless_asked_for() -> None:
         pytest.param("client.cpus=[0, 2]", lambda p: p.client.cpus, [0, 2], id="list"),
         pytest.param("endpoint.verify_tls=false", lambda p: p.endpoint.verify_tls, False, id="boolean"),
         pytest.param("endpoint.headers.X-Key=a=b", lambda p: p.endpoint.headers, {"X-Key": "a=b"}, id="equals in the value"),
+        pytest.param("endpoint.version=7", lambda p: p.endpoint.version, "7", id="an integer for a version"),
+        pytest.param("endpoint.version='1.10'", lambda p: p.endpoint.version, "1.10", id="a version in quotes"),
         pytest.param("endpoint.parameters={priority: 2}", lambda p: p.endpoint.parameters, {"priority": 2}, id="mapping"),
         pytest.param("output_check.replies=7", lambda p: p.output_check.replies, 7, id="a section that was not there"),
         pytest.param("constraints=['p90<5ms']", lambda p: p.constraints, ["p90 < 5ms"], id="constraints in one form"),
@@ -301,13 +304,26 @@ NOT_AN_ADDRESS = "is not an http://, https://, grpc:// or grpcs:// address"
         pytest.param(
             "output_check.replies=-1", "output_check.replies: input should be greater than or equal to 0", id="-1 replies"
         ),
-        pytest.param("constraints=p99 <= 5ms", "constraints: input should be a valid list", id="one line instead of a list"),
+        pytest.param(
+            "constraints=p99 <= 5ms", "constraints: found one line, write a list: [p99 <= 5ms]", id="one line instead of a list"
+        ),
+        pytest.param("constraints=5", "constraints: input should be a valid list, found 5", id="a number instead of a list"),
+        pytest.param("constraints=", "constraints: at least one promise is needed, e.g. p99 <= 50ms", id="no promise"),
         pytest.param("constraints=[p99 <= 5ms, 7]", "constraints.1: input should be a valid string", id="a number among them"),
         pytest.param("constraints=[p99 <= 5ms, max < 5]", "constraints: '5' is not a time", id="the second is wrong"),
         pytest.param("name=a b", "name: string should match pattern", id="name with a space"),
         pytest.param("name=..", "name: string should match pattern", id="name leads upward"),
+        pytest.param("endpoint.qqq=x", "endpoint.qqq: unknown key; allowed here: protocol, model, version,", id="unknown key"),
+        pytest.param("endpoint.modle=x", "endpoint.modle: unknown key; did you mean model?", id="a slip in a key"),
         pytest.param(
-            "endpoint.modle=x", "endpoint.modle: unknown key; allowed here: protocol, model, version,", id="unknown key"
+            "endpoint.version=1.10", "endpoint.version: found the number 1.1; write it in quotes", id="version lost its zero"
+        ),
+        pytest.param("endpoint.version=true", "endpoint.version: input should be a valid string", id="version is a truth"),
+        pytest.param(
+            "server.launch=stub",
+            "server: give exactly one of launch (a server to start) and url (a server that runs); "
+            "to replace the section: --set 'server={launch: stub}' or --set 'server={url: ADDRESS}'",
+            id="launch and url",
         ),
         pytest.param("output_check.x.y=1", "output_check.x: unknown key; allowed here: replies, golden,", id="unknown section"),
     ],
@@ -342,7 +358,7 @@ def test_a_bad_override_is_quoted(override: str, message: str) -> None:
         pytest.param(b"name: \xff\xfe", "cannot be read: 'utf-8' codec can't decode byte 0xff", id="not UTF-8"),
         pytest.param(b"a: b: c", "not YAML: mapping values are not allowed here", id="not YAML"),
         pytest.param(b"a: !!python/object/apply:os.system [true]", "not YAML: could not determine a constructor", id="code"),
-        pytest.param(b"", "a profile is a mapping of keys, found NoneType", id="empty"),
+        pytest.param(b"# nothing\n", "the file is empty", id="empty"),
         pytest.param(b"just words", "a profile is a mapping of keys, found str", id="words"),
         pytest.param(yaml.safe_dump({**MINIMAL, 1: 2}).encode(), "1: keys should be strings", id="a number for a key"),
         pytest.param(b"{}", "name: required, but missing (and 4 more)", id="no keys"),
@@ -359,8 +375,70 @@ def test_a_file_that_is_no_profile_is_named(tmp_path: Path, content: bytes, mess
 
 
 def test_a_folder_is_no_profile(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match=f"^{re.escape(str(tmp_path))}: no such file, and no bundled profile of that name"):
+    with pytest.raises(ProfileError, match=f"^{re.escape(str(tmp_path))}: is a directory; a profile is a file"):
         load_profile(str(tmp_path))
+
+
+def test_a_slip_in_the_name_of_a_bundled_profile() -> None:
+    with pytest.raises(ProfileError, match=r"^stbu: no such file, and no bundled profile of that name; did you mean stub\?$"):
+        load_profile("stbu")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "slip", "message"),
+    [
+        pytest.param("load", "target_qps", "target_qsp", "load.target_qsp: unknown key; did you mean target_qps?", id="key"),
+        pytest.param(None, "endpoint", "endpiont", "endpiont: unknown key; did you mean endpoint?", id="section"),
+        pytest.param("load", "target_qps", "rate", "load.rate: unknown key; allowed here: target_qps, arr", id="another word"),
+    ],
+)
+def test_a_slip_in_a_required_key_is_told_before_what_is_missing(
+    section: str | None, key: str, slip: str, message: str
+) -> None:
+    data = copy.deepcopy(MINIMAL)
+    keys = data if section is None else data[section]
+    keys[slip] = keys.pop(key)
+    with pytest.raises(ProfileError) as caught:
+        parse_profile(data, source="test")
+    text = str(caught.value)
+    assert text.startswith(f"test: {message}")
+    # What a slip hides is the same fault; of a word that means nothing here nobody knows.
+    assert text.endswith(" (and 1 more)") is ("did you mean" not in text)
+    data["name"] = "not a name"
+    with pytest.raises(ProfileError, match=r" \(and \d more\)$"):
+        parse_profile(data, source="test")
+
+
+class _Batching(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    delay_us: int = 0
+
+
+class _Options(BaseModel):
+    """As a launcher may have them: sections that can be omitted, or be one of several shapes."""
+
+    model_config = ConfigDict(extra="forbid")
+    batching: _Batching | None = None
+    batches: list[_Batching] = []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        pytest.param({"batching": {"delay_su": 1}}, "batching.delay_su: unknown key; did you mean delay_us?", id="optional"),
+        pytest.param({"batching": {"zz": 1}}, "batching.zz: unknown key; allowed here: delay_us", id="optional, no slip"),
+        pytest.param({"batches": [{"zz": 1}]}, "batches.0.zz: unknown key", id="in a list"),
+    ],
+)
+def test_unknown_keys_of_any_options_are_described(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        _Options.model_validate(given)
+    assert describe_validation_error(caught.value, _Options) == message
+
+
+def test_files_that_are_not_needed_may_be_absent(tmp_path: Path) -> None:
+    path = written(tmp_path, "samples={source: npz, path: nowhere.npz}")
+    assert load_profile(str(path), files_needed=False).samples.path == tmp_path / "nowhere.npz"
 
 
 # --- secrets ------------------------------------------------------------------------------

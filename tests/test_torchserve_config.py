@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from servebench_servers.torchserve_config import ENDPOINTS, TorchServeConfig
+from servebench_servers.torchserve_cpu_launcher import CpuLauncher
 
 PORTS = {endpoint: 7000 + number for number, endpoint in enumerate(ENDPOINTS)}
 SERVE = "org/pytorch/serve"
@@ -108,16 +109,23 @@ def jar() -> zipfile.ZipFile:
                 "enable_model_api": "false",
                 "ts_open_inference_protocol": "false",
                 "number_of_netty_threads": None,
+                "cpu_launcher_enable": None,
+                "cpu_launcher_args": None,
             },
             id="all options off",
         ),
         pytest.param(
-            {"token_auth": True, "model_api": True, "oip": True, "netty_threads": 3},
+            {
+                **{"token_auth": True, "model_api": True, "oip": True, "netty_threads": 3},
+                "cpu_launcher": CpuLauncher((2, 3, 5, 7), 2, ("--disable_iomp",)),
+            },
             {
                 "disable_token_authorization": "false",
                 "enable_model_api": "true",
                 "ts_open_inference_protocol": "true",
                 "number_of_netty_threads": "3",
+                "cpu_launcher_enable": "true",
+                "cpu_launcher_args": "--core_list 2,3,5,7 --ncores_per_instance 2 --disable_iomp",
             },
             id="all options on",
         ),
@@ -150,7 +158,8 @@ def test_model_config_as_yaml() -> None:
 def test_torchserve_knows_every_key(jar: zipfile.ZipFile, tmp_path: Path) -> None:
     """An unknown key is ignored in silence; those it knows are string constants of the classes that read them."""
     manager = jar.read(f"{SERVE}/util/ConfigManager.class")
-    keys = as_torchserve_reads(config(netty_threads=1).render_properties(PORTS), tmp_path).keys()
+    everything = config(netty_threads=1, cpu_launcher=CpuLauncher((0,), 1))
+    keys = as_torchserve_reads(everything.render_properties(PORTS), tmp_path).keys()
     # vmargs is read by TorchServe's command, which starts Java with them; here the launcher does that.
     assert [key for key in keys - {"vmargs"} if key.encode() not in manager] == []
     model = jar.read(f"{SERVE}/archive/model/ModelConfig.class")

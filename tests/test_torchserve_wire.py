@@ -18,7 +18,8 @@ from servebench.load.undeclared import files_library, input_specs, specs_of_file
 from servebench.profile import Samples, parse_profile
 from servebench.protos import TORCHSERVE
 from servebench.wire.tensors import ModelMetadata, TensorSpec
-from servebench.wire.torchserve import TorchServeGrpc, TorchServeHttp
+from servebench.wire.torchserve import TorchServeHttp
+from servebench.wire.torchserve_grpc import TorchServeGrpc
 
 IMAGE = TensorSpec("IMAGE", "FP32", (2, 2))
 LOGITS = TensorSpec("LOGITS", "FP32", (3,))

@@ -23,6 +23,9 @@ from servebench.wire.tensors import ModelMetadata
 ANSWER_TIMEOUT_S = 15.0
 CHANGE_TIMEOUT_S = 900.0
 
+#: What is said of an address that refuses connections.
+NOBODY_LISTENS = "connection refused; is the server running there?"
+
 _UNLOAD_POLL_S = 0.05
 #: States of Triton's repository index in which a model has instances, or is about to.
 _PRESENT = frozenset({"READY", "LOADING", "UNLOADING"})
@@ -96,6 +99,11 @@ def absent(model: str, url: str, why: str, known: Iterable[str]) -> RefusedError
     return RefusedError(
         f"endpoint.model: {model!r} is not on the server at {url} ({why}){f'; it has: {names}' if names else ''}"
     )
+
+
+def not_kserve(url: str, why: str, instead: str) -> RefusedError:
+    """The error for a server that knows nothing of KServe v2, not even of itself; ``instead`` is TorchServe's protocol."""
+    return RefusedError(f"endpoint.protocol: {url} does not seem to speak KServe v2 ({why}); a TorchServe needs {instead}")
 
 
 def load_refused(model: str, url: str, why: str) -> RefusedError:

@@ -17,12 +17,15 @@ from servebench.control.base import (
     RefusedError,
     absent,
     load_refused,
+    not_kserve,
     until_unloaded,
 )
 from servebench.control.metrics import metric_sum
 from servebench.control.rest import Rest
 from servebench.errors import TransportError
 from servebench.wire.kserve import model_path, parse_metadata
+
+_NO_SUCH_PATH = (404, 405)
 
 
 class KServeControl:
@@ -47,7 +50,10 @@ class KServeControl:
         path = _path(model, version)
         metadata = await self._rest.ask("GET", path)
         if metadata.status != 200:
-            raise absent(model, self._rest.url, metadata.words, [str(entry.get("name")) for entry in await self._index()])
+            known = [str(entry.get("name")) for entry in await self._index()]
+            if not known and (answer := await self._rest.ask("GET", "/v2")).status in _NO_SUCH_PATH:
+                raise not_kserve(self._rest.url, f"GET /v2: {answer.words}", "torchserve-http")
+            raise absent(model, self._rest.url, metadata.words, known)
         config = await self._rest.ask("GET", f"{path}/config")
         server = await self._rest.ask("GET", "/v2")
         has_config = config.status == 200

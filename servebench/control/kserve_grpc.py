@@ -15,6 +15,7 @@ import grpc
 from servebench.control.base import (
     ANSWER_TIMEOUT_S,
     CHANGE_TIMEOUT_S,
+    NOBODY_LISTENS,
     Activity,
     ControlPlane,
     Discovery,
@@ -22,6 +23,7 @@ from servebench.control.base import (
     RefusedError,
     absent,
     load_refused,
+    not_kserve,
     until_unloaded,
 )
 from servebench.errors import TransportError
@@ -79,6 +81,8 @@ class KServeGrpcControl:
         try:
             described = await self._ask("ModelMetadata", KSERVE.ModelMetadataRequest(**target), KSERVE.ModelMetadataResponse)
         except RefusedError as error:
+            if str(error).startswith("UNIMPLEMENTED"):
+                raise not_kserve(self._url, str(error), "torchserve-grpc") from None
             raise absent(model, self._url, str(error), [one.name for one in await self._index()]) from None
         config = server = None
         try:
@@ -154,8 +158,25 @@ class KServeGrpcControl:
             outcome, words = read_error(error.code().name, error.details() or "")
             words = " ".join(words.split())
             if outcome is not Outcome.STATUS:
-                raise TransportError(f"{self._url}: cannot be reached: {words}") from None
+                why = _remedy(words, self._url) if outcome is Outcome.CONNECT else words
+                raise TransportError(f"{self._url}: cannot be reached: {why}") from None
             raise RefusedError(words) from None
+
+
+def _remedy(words: str, url: str) -> str:
+    """grpcio's words of a connection that does not come about; where they tell of a wrong address, in ours, with the remedy."""
+    if "Connection refused" in words:
+        return NOBODY_LISTENS
+    if "WRONG_VERSION_NUMBER" in words or "Handshake read failed (Socket closed)" in words:
+        return "does not answer TLS; is it grpc://?"
+    if "http1.x" in words or "HTTP/2" in words:
+        found = "does not speak gRPC"
+    elif words.endswith("Socket closed"):  # how Triton's HTTP port takes it
+        found = "ended the connection before it spoke gRPC"
+    else:
+        return words
+    tls = "" if url.startswith("grpcs:") else ", or behind TLS (grpcs://)"
+    return f"{found}; is this the port of HTTP (http://, with the endpoint.protocol that ends in -http){tls}?"
 
 
 def _channel(url: str, ca_file: str | None) -> grpc.aio.Channel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import ssl
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from servebench.control.base import ANSWER_TIMEOUT_S
+from servebench.control.base import ANSWER_TIMEOUT_S, NOBODY_LISTENS
 from servebench.errors import TransportError
 from servebench.wire.kserve import error_text
 
@@ -37,6 +38,24 @@ class Answer(NamedTuple):
             return None
 
 
+def _why(error: Exception, url: str) -> str:
+    """Why there is no answer; where that tells of a wrong address, what to do about it, else in the library's words."""
+    secure = url.startswith("https:")
+    cause = getattr(error, "os_error", None)  # of the attempt to connect
+    if getattr(cause, "errno", None) == errno.ECONNREFUSED:
+        return NOBODY_LISTENS
+    if secure and (isinstance(cause, ConnectionResetError) or getattr(cause, "reason", None) == "WRONG_VERSION_NUMBER"):
+        return "does not answer TLS; is it http://?"
+    if isinstance(error, aiohttp.ClientResponseError):  # aiohttp's for a reply that it cannot read
+        found = "does not answer HTTP"
+    elif isinstance(error, aiohttp.ClientConnectionError) and not isinstance(error, aiohttp.ClientConnectorError):
+        found = "ended the connection without an HTTP answer"
+    else:
+        return " ".join(str(cause or error).split()) or type(error).__name__
+    scheme, tls = ("grpcs", "") if secure else ("grpc", ", or behind TLS (https://)")
+    return f"{found}; is this the port of gRPC ({scheme}://, with the endpoint.protocol that ends in -grpc){tls}?"
+
+
 class Rest:
     """One server's REST API below ``url``. Make it in the event loop that uses it."""
 
@@ -53,7 +72,7 @@ class Rest:
         except TimeoutError:
             raise TransportError(f"{self.url}: cannot be reached: no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientError, ValueError) as error:  # ValueError: an address that is none
-            raise TransportError(f"{self.url}: cannot be reached: {str(error) or type(error).__name__}") from None
+            raise TransportError(f"{self.url}: cannot be reached: {_why(error, self.url)}") from None
 
     async def close(self) -> None:
         """Close its connections."""

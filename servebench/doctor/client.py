@@ -21,7 +21,7 @@ from .timer import TimerOvershoot, measure_overshoot
 
 _MIB = 1024 * 1024
 MIN_PYTHON = (3, 11)
-_GRPC_PACKAGES = ("h2", "hpack", "protobuf")
+_GRPC_PACKAGES = ("grpcio", "hpack", "protobuf")
 # Read from user space through the vDSO, some 20-50 ns a call; any other costs a system call or a slow device.
 _FAST_CLOCKS = ("tsc", "arch_sys_counter", "kvm-clock", "hyperv_clocksource_tsc_page")
 _SLOWING_GOVERNORS = ("powersave", "ondemand", "conservative", "schedutil")

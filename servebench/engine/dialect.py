@@ -6,6 +6,7 @@ for; a missing one is a `ProfileError` with its install line.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from servebench.wire.http1 import encode_request, parse_reply
 from servebench.wire.kserve import KServeHttp
 from servebench.wire.protocol import QueryProtocol
 from servebench.wire.tensors import ModelMetadata
+from servebench.wire.torchserve import TorchServeHttp
 
 GRPC_EXTRA = "needs grpcio, hpack and protobuf; install them with: pip install 'servebench[grpc]'"
 
@@ -61,16 +63,25 @@ def query_protocol(endpoint: Endpoint, model: ModelMetadata) -> QueryProtocol:
     """The protocol of an endpoint, for a model whose tensors are known."""
     if endpoint.protocol == "kserve-http":
         return KServeHttp(endpoint.model, endpoint.version, model.inputs, endpoint.tensor_format, endpoint.parameters)
-    try:
-        from servebench.wire.kserve_grpc import KServeGrpc
-        from servebench.wire.torchserve import TorchServeGrpc, TorchServeHttp
-    except ImportError:
-        raise ProfileError(f"endpoint.protocol: {endpoint.protocol} {GRPC_EXTRA}") from None
+    if endpoint.protocol == "torchserve-http":
+        return TorchServeHttp(endpoint.model, endpoint.version, model.inputs, model.outputs, endpoint.body)
+    require_packages(endpoint)
+    from servebench.wire.kserve_grpc import KServeGrpc
+    from servebench.wire.torchserve_grpc import TorchServeGrpc
+
     if endpoint.protocol == "kserve-grpc":
         return KServeGrpc(endpoint.model, endpoint.version, model.inputs, endpoint.parameters)
-    if endpoint.protocol == "torchserve-grpc":
-        return TorchServeGrpc(endpoint.model, endpoint.version, model.inputs, model.outputs)
-    return TorchServeHttp(endpoint.model, endpoint.version, model.inputs, model.outputs, endpoint.body)
+    return TorchServeGrpc(endpoint.model, endpoint.version, model.inputs, model.outputs)
+
+
+def require_packages(endpoint: Endpoint) -> None:
+    """`ProfileError` where a protocol over gRPC lacks its packages: before a server is started for nothing."""
+    needed = {"kserve-grpc": ("grpc", "hpack", "google.protobuf"), "torchserve-grpc": ("hpack", "google.protobuf")}
+    for module in needed.get(endpoint.protocol, ()):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise ProfileError(f"endpoint.protocol: {endpoint.protocol} {GRPC_EXTRA}") from None
 
 
 def http_target(url: str, protocol: QueryProtocol) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from servebench.errors import ProfileError
+from servebench.errors import LaunchError, ProfileError
 from servebench.launcher import Launcher, RunningServer, find_launcher
 from servebench.profile import Profile, describe_validation_error
 
@@ -34,17 +34,51 @@ def launcher_options(profile: Profile) -> tuple[Launcher | None, BaseModel | Non
 
 @contextlib.contextmanager
 def launched(launcher: Launcher, model: str, options: BaseModel | None, folder: Path) -> Iterator[RunningServer]:
-    """A running server; afterwards ``folder`` holds its log and configuration, and nothing else of it."""
+    """A running server; afterwards ``folder`` holds its log and configuration, and nothing else of it.
+
+    The text of a `LaunchError` ends with the place of the log, if there is one, a `ProfileError` of the
+    launcher's (options that do not fit the model) begins with their place in the profile.
+    """
     work = folder / "work"
     work.mkdir()
     server: RunningServer | None = None
     try:
-        server = launcher.launch(model, options, work)
+        try:
+            server = launcher.launch(model, options, work)
+        except ProfileError as error:
+            raise ProfileError(f"server.options.{error}") from None
         yield server
+    except LaunchError as error:
+        if server is not None:
+            raise
+        _keep_files(server, work, folder)
+        raise with_log(error, launcher.name, folder) from None
     finally:
         if server is not None:
             server.stop()
         _keep_files(server, work, folder)
+
+
+def with_log(error: LaunchError, launcher: str, folder: Path) -> LaunchError:
+    """The error of a launch, with the place of the log that it left under ``folder``, if any; first the launcher's own."""
+    logs = [log for log in folder.rglob("*.log") if log.stat().st_size]
+    logs.sort(key=lambda log: (log.stem != launcher, log))
+    return LaunchError(f"{error}; log: {logs[0]}", log_tail=error.log_tail) if logs else error
+
+
+def launch_warnings(described: Mapping[str, Any]) -> list[str]:
+    """What in a server's own description makes it slower than it has to be, one line each.
+
+    More threads than CPUs take turns, each batch with the others': latency grows, and throughput falls.
+    """
+    threads = described.get("threads") or {}
+    total, cpus = threads.get("total", 0), threads.get("cpus", 0)
+    if described.get("device") != "cpu" or total <= cpus:
+        return []
+    return [
+        f"more threads than CPUs: the model computes with {threads['processes']} x {threads['each']} torch_threads on {cpus}, "
+        "where they slow each other down; lower torch_threads or the number of processes, or give the server more cpus"
+    ]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from servebench.errors import ProfileError, RunError
 from servebench.load.library import SampleLibrary, build_library
 from servebench.load.scenario import Plan, plan_server, warmup_offsets_ns
 from servebench.load.undeclared import files_library
-from servebench.profile import Profile
+from servebench.profile import Endpoint, Profile
 from servebench.record.columns import Columns, file_bytes
 from servebench.record.rundir import RunDirectory
-from servebench.transport.factory import TransportSettings
+from servebench.transport.factory import TransportSettings, ssl_context
+from servebench.wire.http1 import encode_request
 from servebench.wire.protocol import QueryProtocol
 from servebench.wire.tensors import ModelMetadata
 
@@ -41,7 +43,7 @@ class Preparation:
 def query_headers(profile: Profile, server_token: str | None = None) -> list[tuple[str, str]]:
     """The profile's own headers and its bearer token, or else that of the server we launched.
 
-    `ProfileError` when the token's environment variable is not set.
+    `ProfileError` when the token's environment variable is not set, or a header cannot be sent.
     """
     endpoint = profile.endpoint
     headers, token = list(endpoint.headers.items()), server_token
@@ -51,7 +53,34 @@ def query_headers(profile: Profile, server_token: str | None = None) -> list[tup
             raise ProfileError(f"endpoint.bearer_token_env: the environment variable {endpoint.bearer_token_env} is not set")
     if token:
         headers.append(("Authorization", f"Bearer {token}"))
+    _check_headers(endpoint, headers)
     return headers
+
+
+def _check_headers(endpoint: Endpoint, headers: list[tuple[str, str]]) -> None:
+    """Let those who will write them say what is wrong with them, before anything is started."""
+    try:
+        if endpoint.framing == "http":
+            encode_request("POST", "/", "host", headers, b"")
+            return
+        try:
+            from servebench.wire.grpc import call_headers
+        except ImportError:
+            return  # said later, with its install line
+        call_headers("host", "/", tls=False, timeout_ns=None, metadata=headers)
+    except ValueError as error:
+        where = "endpoint.headers" if endpoint.bearer_token_env is None else "endpoint.headers or the token"
+        raise ProfileError(f"{where}: {error}") from None
+
+
+def check_ca_file(endpoint: Endpoint) -> None:
+    """`ProfileError` where ``ca_file`` holds no certificates."""
+    if endpoint.ca_file is not None:
+        try:
+            ssl_context(str(endpoint.ca_file), verify=True)
+        except (OSError, ssl.SSLError) as error:
+            reason = getattr(error, "reason", None) or error.strerror or error
+            raise ProfileError(f"endpoint.ca_file: {endpoint.ca_file}: no PEM file of certificates: {reason}") from None
 
 
 def prepare(profile: Profile, model: ModelMetadata) -> Preparation:

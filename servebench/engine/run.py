@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -27,11 +26,12 @@ from servebench.engine.arrangement import Arrangement
 from servebench.engine.asking import control_of_run
 from servebench.engine.closing import check_outputs, merge_errors
 from servebench.engine.cpus import kept_off, with_cpus_named
-from servebench.engine.dialect import encode_library, launched_model
+from servebench.engine.dialect import encode_library, launched_model, require_packages
 from servebench.engine.fleet import Fleet, WorkerEnd
 from servebench.engine.hosting import interrupting, launched, launcher_options
 from servebench.engine.preparation import (
     Preparation,
+    check_ca_file,
     create_columns,
     prepare,
     query_headers,
@@ -41,8 +41,9 @@ from servebench.engine.preparation import (
     worker_settings,
 )
 from servebench.engine.probe import probe
+from servebench.engine.redaction import Redaction
 from servebench.engine.requests import share_requests
-from servebench.errors import LaunchError, ServebenchError
+from servebench.errors import LaunchError, RunError, ServebenchError
 from servebench.launcher import RunningServer
 from servebench.profile import Profile
 from servebench.record.columns import Columns
@@ -73,10 +74,12 @@ def run_profile(profile: Profile, out: Path, *, command: list[str], observer: Ob
     Must be called from the main thread: it launches servers and handles SIGINT and SIGTERM
     (the first drains and closes the books, the second stops at once). Raises `ProfileError`
     before anything is started, `LaunchError`, `TransportError` or `RunError` later; a
-    directory in which nothing was measured and no server spoke is removed again.
+    directory in which nothing was measured and no server spoke is removed again, or emptied if it was there.
     """
     profile = with_cpus_named(profile)
     query_headers(profile)
+    check_ca_file(profile.endpoint)
+    require_packages(profile.endpoint)
     launcher, options = launcher_options(profile)
     directory = RunDirectory.create(out)
     run = _Run(profile, directory, command, observer)
@@ -89,7 +92,7 @@ def run_profile(profile: Profile, out: Path, *, command: list[str], observer: Ob
             uvloop.run(run.execute())
     except (ServebenchError, KeyboardInterrupt) as error:
         if not run.started:
-            _discard_unless_log(directory)
+            directory.discard()
         if isinstance(error, KeyboardInterrupt) and run.state == "interrupted":
             return run.state
         raise
@@ -130,22 +133,31 @@ class _Run:
         if url is None:
             raise LaunchError(f"{profile.server.launch}: serves nothing over {profile.endpoint.framing} here; see its log")
         headers = query_headers(profile, self.server.tokens.get("inference") if self.server is not None else None)
+        redacted = Redaction(self._secrets(headers))
         arrangement = Arrangement(profile, partial(control_of_run, profile, url, headers, self.server), self._observer)
         try:
             async with arrangement.in_place() as found:
                 self._facts["server"] = self._describe_server(url, found, arrangement.actions)
                 try:
-                    await self._measured(found, url, headers)
+                    await self._measured(found, url, headers, redacted)
                 finally:
                     self._measuring = False
         except ServebenchError as error:
-            if self.state == "running":
-                self._fail(error)
+            error.args = (redacted(str(error)),)
+            _redact_errors(arrangement.actions, redacted)
+            self._fail(error)
             raise
         if arrangement.actions:
+            _redact_errors(arrangement.actions, redacted)
             self._directory.finish(self._facts)  # once more: it was changed back after the books were closed
 
-    async def _measured(self, found: Discovery, url: str, headers: list[tuple[str, str]]) -> None:
+    def _secrets(self, headers: list[tuple[str, str]]) -> list[str]:
+        """What the server is sent and must be read nowhere."""
+        tokens = list(self.server.tokens.values()) if self.server is not None else []
+        management = os.environ.get(self._profile.server.management_token_env or "", "")
+        return [value for _, value in headers] + tokens + [management]
+
+    async def _measured(self, found: Discovery, url: str, headers: list[tuple[str, str]], redacted: Redaction) -> None:
         profile, facts, directory = self._profile, self._facts, self._directory
         model = found.model if self.server is None else launched_model(found.model, self.server.describe())
         preparation = prepare(profile, model)
@@ -172,7 +184,7 @@ class _Run:
         finally:
             os.close(requests_fd)
             await self._fleet.close()
-        self._close_books(preparation, ends)
+        self._close_books(preparation, ends, redacted)
 
     async def _phases(self, rows: list[int]) -> list[WorkerEnd]:
         profile, facts = self._profile, self._facts
@@ -221,9 +233,10 @@ class _Run:
 
     def _fail(self, error: ServebenchError) -> None:
         """Say in the facts why the run ended early; what was measured stays."""
-        if self.started:
+        if self.started and self.state == "running":
             self.state, self._facts["state"], self._facts["stop_reason"] = "failed", "failed", str(error)
-            self._directory.finish(self._facts)
+            with contextlib.suppress(RunError):  # of a full disk; the first error is the one to tell
+                self._directory.finish(self._facts)
 
     def _describe_server(self, url: str, found: Discovery, actions: list[dict[str, Any]]) -> dict[str, Any]:
         described: dict[str, Any] = {"url": url, "launch": self._profile.server.launch}
@@ -236,25 +249,23 @@ class _Run:
             "control": actions,
         }
 
-    def _close_books(self, preparation: Preparation, ends: list[WorkerEnd]) -> None:
+    def _close_books(self, preparation: Preparation, ends: list[WorkerEnd], redacted: Redaction) -> None:
         self._observer.phase("checking outputs and closing the books")
         profile, facts, directory = self._profile, self._facts, self._directory
         workers = profile.client.workers
         facts["workers"] = [
             facts["workers"][end.worker] | {"state": end.state, "exit": end.exit, "stats": end.stats} for end in ends
         ]
-        facts["errors"] = merge_errors(ends, workers)
+        facts["errors"] = merge_errors(ends, workers, redacted)
         if self.server is not None:
             facts["server"]["exit_code"] = self.server.exit_code()
         lost = [end for end in ends if end.state == "lost"]
         columns = [Columns.open(directory.columns_path(worker), writable=True) for worker in range(workers)]
         kept: dict[int, bytes] = {}
         for worker in range(workers):
-            path = replies_path(directory, worker)
-            kept |= {row * workers + worker: reply for row, reply in read_replies(path).items()}
-            path.unlink(missing_ok=True)
-            directory.columns_path(worker, "warmup").unlink(missing_ok=True)
-        facts["output_check"] = check_outputs(preparation, kept, columns, facts["errors"]) | {
+            replies = read_replies(replies_path(directory, worker))
+            kept |= {row * workers + worker: reply for row, reply in replies.items()}
+        facts["output_check"] = check_outputs(preparation, kept, columns, facts["errors"], redacted) | {
             "wanted": len(preparation.keep_queries),
             "golden": profile.output_check.golden is not None or preparation.library.golden is not None,
         }
@@ -269,14 +280,10 @@ class _Run:
         directory.finish(facts)
 
 
-def _discard_unless_log(directory: RunDirectory) -> None:
-    """Remove a directory in which nothing was measured; a server's log stays, it may explain why."""
-    kept = [file for file in (directory.path / SERVER).iterdir() if file.stat().st_size]
-    for file in directory.path.iterdir():
-        if file.is_file():
-            file.unlink()
-    if not kept:
-        shutil.rmtree(directory.path, ignore_errors=True)
+def _redact_errors(actions: list[dict[str, Any]], redacted: Redaction) -> None:
+    for action in actions:
+        if "error" in action:
+            action["error"] = redacted(action["error"])
 
 
 def _describe_schedule(preparation: Preparation) -> dict[str, Any]:

@@ -6,9 +6,27 @@ from typing import Any
 
 import numpy as np
 
+from servebench.errors import ProfileError
+from servebench.load.library import build_library
 from servebench.load.scenario import Plan
+from servebench.load.undeclared import files_library, input_specs
+from servebench.profile import Samples
+from servebench.wire.tensors import TensorSpec
 
 _INTERVALS = 20
+
+
+def count_samples(samples: Samples) -> int:
+    """The size of the library that a run would make, without its server. `ProfileError` where a file does not tell."""
+    if samples.path is None:
+        return samples.count
+    if samples.source == "files":
+        return len(files_library(samples))
+    if samples.source == "perf-analyzer":
+        raise ProfileError("samples.source: 'perf-analyzer' cannot be counted without the model; give the size (--samples)")
+    # Batches of the client's need a model with a batch axis; one row a sample is the same with and without.
+    inputs = [TensorSpec(spec.name, spec.datatype, (-1, *spec.shape)) for spec in input_specs(samples)]
+    return len(build_library(samples.model_copy(update={"shapes": {}}), inputs, None))
 
 
 def describe_schedule(plan: Plan) -> dict[str, Any]:

@@ -22,16 +22,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import quote
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from servebench.protos import TORCHSERVE, TORCHSERVE_SERVICE
 from servebench.wire.protocol import EncodedQuery, OutputTensor
 from servebench.wire.tensors import Array, TensorSpec, byte_strings, from_blob, from_json, numpy_dtype, to_blob, to_json
 
 Body = Literal["raw", "multipart", "instances"]
 _Written = TypeVar("_Written")
 
-PREDICTIONS = f"/{TORCHSERVE_SERVICE}/Predictions"
 #: Random enough not to occur in a payload by accident; the same in every request, so that requests are reproducible.
 _BOUNDARY = "servebench-8f1c7e5d2b6a4903"
 #: What the only input of a model is called in a form or a map.
@@ -62,7 +59,7 @@ class TorchServeHttp:
         if self.body == "instances":
             document = json.dumps({"instances": [_instance(self.inputs, arrays)]}, separators=(",", ":"))
             return EncodedQuery(document.encode(), [("Content-Type", "application/json")])
-        fields = _fields(self.inputs, arrays)
+        fields = named_fields(self.inputs, arrays)
         if self.body == "multipart":
             return EncodedQuery(_form(fields), [("Content-Type", f"multipart/form-data; boundary={_BOUNDARY}")])
         if len(fields) > 1:
@@ -70,34 +67,10 @@ class TorchServeHttp:
         return EncodedQuery(fields[_DATA], [("Content-Type", "application/octet-stream")])
 
     def decode(self, status: int, headers: Mapping[str, str], body: bytes) -> dict[str, OutputTensor]:
-        return _decode(self.outputs, body, as_json=self.body == "instances")
+        return decode_prediction(self.outputs, body, as_json=self.body == "instances")
 
 
-@dataclass(frozen=True, slots=True)
-class TorchServeGrpc:
-    """The `servebench.wire.protocol.QueryProtocol` of TorchServe's gRPC Predictions."""
-
-    model: str
-    version: str | None
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    framing: ClassVar[Literal["grpc"]] = "grpc"
-    target: ClassVar[str] = PREDICTIONS
-
-    def encode(self, arrays: Mapping[str, Array]) -> EncodedQuery:
-        fields = _fields(self.inputs, arrays)
-        request = TORCHSERVE.PredictionsRequest(model_name=self.model, model_version=self.version or "", input=fields)
-        return EncodedQuery(request.SerializeToString(deterministic=True), [])
-
-    def decode(self, status: int, headers: Mapping[str, str], body: bytes) -> dict[str, OutputTensor]:
-        try:
-            prediction: bytes = TORCHSERVE.PredictionResponse.FromString(body).prediction
-        except DecodeError as error:
-            raise ValueError(f"not a PredictionResponse: {error}") from None
-        return _decode(self.outputs, prediction, as_json=False)
-
-
-def _fields(inputs: tuple[TensorSpec, ...], arrays: Mapping[str, Array]) -> dict[str, bytes]:
+def named_fields(inputs: tuple[TensorSpec, ...], arrays: Mapping[str, Array]) -> dict[str, bytes]:
     """What the handler finds in its dict."""
     payloads = _of_each(inputs, arrays, _payload)
     return {_DATA: payloads[inputs[0].name]} if len(inputs) == 1 else payloads
@@ -154,7 +127,7 @@ def _nested(spec: TensorSpec, array: Array) -> Any:
     return np.array(to_json(array, spec.datatype), dtype=object).reshape(array.shape).tolist()
 
 
-def _decode(outputs: tuple[TensorSpec, ...], body: bytes, *, as_json: bool) -> dict[str, OutputTensor]:
+def decode_prediction(outputs: tuple[TensorSpec, ...], body: bytes, *, as_json: bool) -> dict[str, OutputTensor]:
     if not body:
         raise ValueError("the reply is empty")
     if not outputs:

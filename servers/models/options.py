@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError, field_validator, model_validator
 
-from servebench.errors import LaunchError
+from servebench.errors import LaunchError, ProfileError
 
 from ..devices import Inventory, Placement, check_device_name, check_precision, choose, place
 from ..host import installed_version
@@ -101,7 +101,7 @@ class Hosting:
 
 
 def prepare(name: str, options: HostingOptions, *, server: str, present: Inventory | None = None) -> Hosting:
-    """Everything about the model that can be refused before anything starts; `LaunchError` says what is wrong.
+    """Everything about the model that can be refused before anything starts; `ProfileError` where an option does not fit the model, else `LaunchError`.
 
     ``server`` is the launcher's word for itself, for messages. ``present`` are the devices that the
     server will see; this machine's when omitted.
@@ -111,9 +111,9 @@ def prepare(name: str, options: HostingOptions, *, server: str, present: Invento
     model = MODELS[name]
     for key in ("weights", "weights_hub"):
         if getattr(options, key) is not None and not model.uses_torch:
-            raise LaunchError(f"{key}: {name} has none")
+            raise ProfileError(f"{key}: {name} has none")
     if options.precision not in model.precisions:
-        raise LaunchError(f"precision: {name} has no {options.precision}; it has {', '.join(model.precisions)}")
+        raise ProfileError(f"precision: {name} has no {options.precision}; it has {', '.join(model.precisions)}")
     if not model.uses_torch:
         placement = _without_torch(name, options.device)
     else:
@@ -161,7 +161,7 @@ def _model_options(model: HostedModel, given: dict[str, Any]) -> dict[str, Any]:
         first = error.errors()[0]
         key = ".".join(["model_options", *map(str, first["loc"])])
         allowed = ", ".join(model.options.model_fields) or "none"
-        raise LaunchError(f"{key}: {first['msg']}, found {first['input']!r}; options of {model.name}: {allowed}") from None
+        raise ProfileError(f"{key}: {first['msg']}, found {first['input']!r}; options of {model.name}: {allowed}") from None
 
 
 def _without_torch(name: str, device: str) -> Placement:
