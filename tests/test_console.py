@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from rich.console import Console
 from synthetic import MS, S, synthetic_run, with_outcome, with_stall
 
 from servebench.judge.verdict import judge
+from servebench.judge.wording import say_share
 from servebench.record.outcome import Outcome
+from servebench.record.progress import Snapshot
 from servebench.report.console import format_duration, format_rate, render
+from servebench.report.live import LiveView
+from servebench.report.schedule import render_schedule
 
 PERCENTILES = ("50", "90", "95", "97", "99", "99.9", "99.99")
 
@@ -107,8 +112,8 @@ def passing() -> dict[str, Any]:
                 6_114_000,
                 50_000_000,
                 "PASS",
-                "p99 <= 50ms holds: measured 6.11 ms; 3 of 4031 queries were over the bound, "
-                "up to 25 are allowed at 99 % confidence.",
+                "p99 <= 50ms holds: measured 6.11 ms; 3 of 4,031 queries were over the bound, "
+                "up to 25 are allowed at 99% confidence.",
             )
         ],
         "early_stopping": {
@@ -144,12 +149,14 @@ def failing() -> dict[str, Any]:
     """Timeouts at the tail, sheds, and an error whose text is hostile."""
     run = passing() | {"verdict": "FAIL"}
     run["counts"] = {"planned": 4031, "issued": 4030, "ok": 3950, "error": 30, "timeout": 50, "shed": 1, "unfinished": 0}
-    tail = {"99": 10_000_500_000, "99.9": 10_001_000_000, "99.99": 0}
+    tail = {"99": 10_000_500_000, "99.9": 0, "99.99": 0}
+    run["rates"] |= {"issued_qps": 201.45, "completed_qps": 192.63, "goodput_qps": 170.2}  # 3949 gaps in 20.5 s
+    run["issue_delay"]["count"] = 4030
     known = (30.0, 83.4, 90.1, 95.0)
     run["response_time"] = distribution(4031, (*known, None, None, None), 99.9, 33.3, infinite=81, above_ns=tail)
     run["service_time"] = distribution(4031, (*known, None, None, None), 99.8, 33.2, infinite=81, above_ns=tail)
     run["constraints"] = [
-        judged("errors < 5%", "share", 81 / 4031, 0.05, "PASS", "errors < 5% holds: measured 2.0094%."),
+        judged("errors < 5%", "share", 81 / 4031, 0.05, "PASS", "errors < 5% holds: measured 2.01%."),
         judged("mean < 20ms", "ns", 33_300_000, 20_000_000, "FAIL", "mean < 20ms fails: measured 33.3 ms."),
         judged(
             "p99 <= 50ms",
@@ -157,8 +164,8 @@ def failing() -> dict[str, Any]:
             None,
             50_000_000,
             "FAIL",
-            "p99 <= 50ms fails: measured over 10 s, infinite by failures; "
-            "900 of 4031 queries were over the bound; lower load.target_qps, or make the server faster.",
+            "p99 <= 50ms fails: no value (over 10.0 s), because 81 of 4,031 queries failed or were never sent; "
+            "mend what failed first (mostly timeout, see errors).",
             measured_above=10_000_500_000,
         ),
     ]
@@ -181,7 +188,7 @@ def inconclusive() -> dict[str, Any]:
             50_000_000,
             "INCONCLUSIVE",
             "p99 <= 50ms is undecided: measured 6.11 ms; 0 of 60 queries were over the bound, too few "
-            "queries to promise it with 99 % confidence; run at least 399 more (2 s at 201.5/s).",
+            "queries to promise it with 99% confidence; run at least 399 more (2 s at 201.5/s).",
             needed_queries=399,
             needed_seconds=2.0,
         )
@@ -216,7 +223,7 @@ def invalid() -> dict[str, Any]:
             {
                 "code": "lateness",
                 "severity": "INVALID",
-                "text": "121 of 4031 queries (3.0017%) were issued over 5 ms late: the client's event loop was late",
+                "text": "121 of 4,031 queries (3%) were issued over 5.00 ms late: the client's event loop was late",
                 "remedy": "use more client.workers or a lower rate",
                 "measured": 0.03,
                 "bound": 0.0025,
@@ -252,8 +259,8 @@ def test_pass_word_for_word() -> None:
     assert printed(passing()) == [
         "PASS  p99 <= 50ms at 200 queries/s: measured 6.11 ms",
         "",
-        " ✓ p99 <= 50ms holds: measured 6.11 ms; 3 of 4031 queries were over the bound,",
-        "   up to 25 are allowed at 99 % confidence.",
+        " ✓ p99 <= 50ms holds: measured 6.11 ms; 3 of 4,031 queries were over the bound,",
+        "   up to 25 are allowed at 99% confidence.",
         "",
         "               response      service  issue delay",
         "  p50           4.12 ms      4.05 ms      81.0 us",
@@ -262,32 +269,31 @@ def test_pass_word_for_word() -> None:
         "  p97           5.70 ms      5.62 ms       115 us",
         "  p99           6.11 ms      6.03 ms       130 us",
         "  p99.9         9.88 ms      9.80 ms       200 us",
-        "  p99.99        12.0 ms      12.0 ms       400 us",
         "  max           12.0 ms      12.0 ms       400 us",
         "  mean          4.20 ms      4.10 ms      85.0 us",
         "",
-        "Queries   planned 4031 = issued 4031 + shed 0",
-        "          issued 4031 = ok 4031 + error 0 + timeout 0 + unfinished 0",
-        "Rates/s   scheduled 201.5, issued 201.5, completed 201.5, goodput 201.3",
+        "Queries   planned 4,031 = issued 4,031 + shed 0",
+        "          issued 4,031 = ok 4,031 + error 0 + timeout 0 + unfinished 0",
+        "Rates/s   scheduled 201.5, issued 201.5, completed 201.5, goodput(50.0 ms) 201.3",
+        "          over 20.0 s",
         "Replies   256 checked against golden outputs, 0 wrong",
         "MLPerf    LoadGen would say VALID; p99 <= 6.31 ms with 99% confidence",
         "Trust     VALID",
         "Arrivals  mlperf ok: KS p 0.61, serial p 0.43, CV2 1.00, IDC 1.02 0.97",
         "Run       runs/digits-1",
-        "Next      servebench report runs/digits-1",
+        "Again     servebench report runs/digits-1",
     ]
 
 
 def test_fail_word_for_word() -> None:
     assert printed(failing()) == [
-        "FAIL  p99 <= 50ms at 200 queries/s: measured over 10.0 s, by failed queries, and",
-        "      1 more broken",
+        "FAIL  p99 <= 50ms at 200 queries/s: no value, 81 of 4,031 queries failed or were",
+        "      never sent, mostly timeout, and 1 more broken",
         "",
-        " ✓ errors < 5% holds: measured 2.0094%.",
+        " ✓ errors < 5% holds: measured 2.01%.",
         " ✗ mean < 20ms fails: measured 33.3 ms.",
-        " ✗ p99 <= 50ms fails: measured over 10 s, infinite by failures; 900 of",
-        "   4031 queries were over the bound; lower load.target_qps, or make the server",
-        "   faster.",
+        " ✗ p99 <= 50ms fails: no value (over 10.0 s), because 81 of 4,031 queries failed",
+        "   or were never sent; mend what failed first (mostly timeout, see errors).",
         "",
         "               response      service  issue delay",
         "  p50           30.0 ms      30.0 ms      81.0 us",
@@ -295,24 +301,24 @@ def test_fail_word_for_word() -> None:
         "  p95           90.1 ms      90.1 ms       110 us",
         "  p97           95.0 ms      95.0 ms       115 us",
         "  p99          > 10.0 s     > 10.0 s       130 us",
-        "  p99.9        > 10.0 s     > 10.0 s       200 us",
-        "  p99.99         failed       failed       400 us",
+        "  p99.9        no value     no value       200 us",
         "  max           99.9 ms      99.8 ms       400 us",
         "  mean          33.3 ms      33.2 ms      85.0 us",
-        "  81 of 4031 queries have no latency and count as over every bound; max and mean",
-        "  are of the others.",
+        "  81 of 4,031 queries have no latency (1 never sent) and count as over every",
+        "  bound; max and mean are of the others.",
         "",
-        "Queries   planned 4031 = issued 4030 + shed 1",
-        "          issued 4030 = ok 3950 + error 30 + timeout 50 + unfinished 0",
+        "Queries   planned 4,031 = issued 4,030 + shed 1",
+        "          issued 4,030 = ok 3,950 + error 30 + timeout 50 + unfinished 0",
         "Errors    50 x timeout (e.g. query 17)",
         r"          30 x status: 503 [/red] [bold]overloaded\x1b[31m",
-        "Rates/s   scheduled 201.5, issued 201.5, completed 201.5, goodput 201.3",
+        "Rates/s   scheduled 201.5, issued 201.4 over 20.0 s; completed 192.6,",
+        "          goodput(50.0 ms) 170.2 over 20.5 s",
         "Replies   256 checked against golden outputs, 0 wrong",
         "MLPerf    LoadGen would say INVALID: perf constraints, early stopping",
         "Trust     VALID",
         "Arrivals  mlperf ok: KS p 0.61, serial p 0.43, CV2 1.00, IDC 1.02 0.97",
         "Run       runs/digits-1",
-        "Next      servebench report runs/digits-1",
+        "Again     servebench report runs/digits-1",
     ]
 
 
@@ -323,7 +329,7 @@ def test_inconclusive_says_how_many_more() -> None:
         "              399 more queries (trust is DEGRADED, see below)",
         "",
         " ? p99 <= 50ms is undecided: measured 6.11 ms; 0 of 60 queries were over the",
-        "   bound, too few queries to promise it with 99 % confidence; run at least 399",
+        "   bound, too few queries to promise it with 99% confidence; run at least 399",
         "   more (2 s at 201.5/s).",
         "",
     ]
@@ -340,12 +346,12 @@ def test_invalid_names_the_resource_first() -> None:
     assert lines[:8] == [
         "INVALID  p99 <= 50ms at 200 queries/s: unknown, the run cannot be trusted",
         "",
-        " ✗ lateness: 121 of 4031 queries (3.0017%) were issued over 5 ms late: the",
+        " ✗ lateness: 121 of 4,031 queries (3%) were issued over 5.00 ms late: the",
         "   client's event loop was late; use more client.workers or a lower rate.",
         "",
         "What was measured, not to be relied on:",
-        " ✓ p99 <= 50ms holds: measured 6.11 ms; 3 of 4031 queries were over the bound,",
-        "   up to 25 are allowed at 99 % confidence.",
+        " ✓ p99 <= 50ms holds: measured 6.11 ms; 3 of 4,031 queries were over the bound,",
+        "   up to 25 are allowed at 99% confidence.",
     ]
     assert sum("lateness" in line for line in lines) == 1
     assert "Trust     INVALID" in lines
@@ -378,7 +384,7 @@ def test_a_gap_that_changes_nothing_is_not_mentioned(response_ms: float, service
 def test_books_that_do_not_balance_are_not_called_equal() -> None:
     run = passing()
     run["counts"]["ok"] = 4000
-    assert "          issued 4031 IS NOT ok 4000 + error 0 + timeout 0 + unfinished 0" in printed(run)
+    assert "          issued 4,031 IS NOT ok 4,000 + error 0 + timeout 0 + unfinished 0" in printed(run)
 
 
 @pytest.mark.parametrize(
@@ -387,8 +393,9 @@ def test_books_that_do_not_balance_are_not_called_equal() -> None:
         pytest.param("ns", 50_040_000, 50_000_000, "measured 50.04 ms", id="more digits where three would show the bound"),
         pytest.param("ns", 50_000_000, 50_000_000, "measured 50.0 ms", id="exactly the bound"),
         pytest.param("share", 0.000833, 0.001, "measured 0.0833%", id="share"),
-        pytest.param("qps", 379.96, 380.0, "measured 380/s", id="rate"),
-        pytest.param("ns", None, 50_000_000, "measured nothing", id="nothing measured"),
+        pytest.param("share", 0.0500012, 0.05, "measured 5.0001%", id="a share just over the bound"),
+        pytest.param("qps", 379.96, 380.0, "measured 379.96/s", id="a rate just short of the bound"),
+        pytest.param("ns", None, 50_000_000, "nothing was measured", id="nothing measured"),
     ],
 )
 def test_the_headline_has_the_unit_of_the_promise(unit: str, measured: float | None, bound: float, words: str) -> None:
@@ -417,7 +424,7 @@ def test_a_number_stays_with_its_unit() -> None:
 def test_a_path_is_never_broken() -> None:
     directory = Path("runs") / ("long-" * 20) / "a b"
     lines = printed(passing(), directory=directory)
-    assert lines[-2:] == [f"Run       {directory}", f"Next      servebench report '{directory}'"]
+    assert lines[-2:] == [f"Run       {directory}", f"Again     servebench report '{directory}'"]
 
 
 def test_no_directory_no_hints() -> None:
@@ -476,7 +483,64 @@ def test_what_the_judge_writes_can_be_printed(spoil: Any, verdict: str) -> None:
     assert lines[0].startswith(f"{verdict}  p99 <= 50ms at 200 queries/s: ")
     assert "  p50           6.00 ms" in "\n".join(lines)
     issued = int((run.issued_ns >= 0).sum())
-    assert f"Queries   planned 4000 = issued {issued} + shed {4000 - issued}" in lines
+    assert f"Queries   planned 4,000 = issued {issued:,} + shed {4000 - issued}" in lines
+
+
+@pytest.mark.parametrize(
+    ("queries", "shown"),
+    [
+        # Of n queries, p falls on the largest when int(n * p) is n - 1.
+        pytest.param(298, ["p50", "p90", "p95", "p97", "p99"], id="298: index 297 is p99.9's"),
+        pytest.param(1_001, ["p50", "p90", "p95", "p97", "p99", "p99.9"], id="1001: p99.9 is the one but largest"),
+        pytest.param(20, ["p50", "p90", "p99"], id="20: a promise is shown all the same"),
+    ],
+)
+def test_percentiles_that_are_the_maximum_are_left_out(queries: int, shown: list[str]) -> None:
+    lines = printed(judge(synthetic_run(queries=queries)))
+    assert [line.split()[0] for line in lines if line.startswith("  p")] == shown
+
+
+def test_failures_name_the_commonest_kind() -> None:
+    run = failing()
+    run["errors"] = [
+        {"kind": "timeout", "detail": "", "count": 30, "example": 17},
+        {"kind": "status", "detail": "500 a", "count": 25, "example": 1},
+        {"kind": "status", "detail": "500 b", "count": 25, "example": 2},
+    ]
+    assert printed(run)[1] == "      never sent, mostly status, and 1 more broken"
+
+
+def test_each_rate_names_the_time_that_it_is_over() -> None:
+    """(n - 1) / rate: 10 000 gaps at 1000/s, 1000 at 200/s, 500 at 50/s; what was never sent has no issue delay."""
+    run = passing() | {"early_stopping": None}
+    run["counts"] |= {"planned": 10_001, "issued": 1_001, "ok": 501, "shed": 9_000, "error": 500}
+    run["issue_delay"] |= {"count": 10_001, "infinite": 9_000}
+    run["rates"] = {"scheduled_qps": 1_000.0, "issued_qps": 200.0, "completed_qps": 50.0, "goodput_qps": 49.0}
+    rates = "Rates/s   scheduled 1,000 over 10.0 s; issued 200 over 5.00 s; completed 50, goodput 49 over 10.0 s"
+    assert rates in printed(run, width=200)
+
+
+def test_max_and_mean_of_no_query_are_not_explained() -> None:
+    lines = printed(judge(with_outcome(synthetic_run(queries=500), slice(0, 500), Outcome.STATUS)))
+    assert "  500 of 500 queries have no latency and count as over every bound." in lines
+
+
+def test_arrivals_that_only_the_client_spoiled_are_not_called_wrong() -> None:
+    run = passing()
+    checks = run["schedule"]["checks"]
+    checks |= {"result": "wrong", "issue_problems": ["queries were not issued as planned"]}
+    run["trust"]["reasons"] = [{"code": "achieved_rate", "severity": "INVALID", "text": "slow", "remedy": "do"}]
+    assert "Arrivals  mlperf planned ok, issued not as planned (see achieved_rate): KS p" in printed(run)
+    checks["problems"] = ["the gaps are not exponential"]
+    assert "Arrivals  mlperf WRONG: KS p 0.61, serial p 0.43, CV2 1.00, IDC 1.02 0.97" in printed(run)
+
+
+def test_torchserves_full_queue_is_explained() -> None:
+    run = failing()
+    detail = 'HTTP 503: Model "digits" has no worker to serve inference request. Please use scale workers API to add workers.'
+    run["errors"] = [{"kind": "status", "detail": detail, "count": 1234, "example": 7}]
+    text = " ".join(" ".join(printed(run)).split())
+    assert f"1,234 x status: {detail} [TorchServe says so also of a full queue, see its job_queue_size] (e.g. query 7)" in text
 
 
 def test_missing_and_unknown_parts_are_survived() -> None:
@@ -501,7 +565,7 @@ def test_missing_and_unknown_parts_are_survived() -> None:
         (83_449_999, "83.4 ms"),
         (999_600_000, "1.00 s"),
         (12_345_000_000, "12.3 s"),
-        (3_600_000_000_000, "3600 s"),
+        (3_600_000_000_000, "3,600 s"),
         (-3_200, "-3.20 us"),
     ],
 )
@@ -511,7 +575,90 @@ def test_durations_have_three_digits(value_ns: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("per_second", "text"),
-    [(200.0, "200/s"), (198.73, "198.7/s"), (0.5, "0.5/s"), (1_234.4, "1234/s"), (12_345.6, "12346/s"), (0.0, "0/s")],
+    [(200.0, "200/s"), (198.73, "198.7/s"), (0.5, "0.5/s"), (1_234.4, "1,234/s"), (12_345.6, "12,346/s"), (0.0, "0/s")],
 )
 def test_rates_have_four_digits(per_second: float, text: str) -> None:
     assert format_rate(per_second) == text
+
+
+# ---- what is shown while a run goes on ------------------------------------------------------
+
+FAST = Snapshot(1_234.0, 1_000_000, 987_654, 900_000, 3, 1_234, 12_345.6, 12_345.6, 4_280_000, 13_500_000, 4_780_000)
+
+
+def live(phases: list[tuple[str, float | None]], *, width: int, terminal: bool = True) -> list[str]:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=width, color_system=None)
+    with LiveView(console=console) as view:
+        for name, duration_s in phases:
+            view.phase(name, duration_s=duration_s)
+        view.progress(FAST)
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").splitlines()]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_progress_fits_into_its_lines(width: int) -> None:
+    bar = "━" * 16
+    lines = live([("measuring", 3_600.0)], width=width)
+    at = lines.index(f"measuring  {bar}  1,234 s of 3,600 s  987,654 of 1,000,000 queries")
+    assert lines[at + 1 : at + 3] == [
+        "offered 12,346/s  completed 12,346/s  in flight 1,234  failed 3",
+        "p50 4.28 ms  p99 13.5 ms  issued late p99 4.78 ms",
+    ]
+
+
+def test_a_phase_of_unknown_length_has_no_bar() -> None:
+    text = "interrupted: waiting for outstanding replies (again to stop at once)"
+    lines = live([("measuring", 20.0), (text, None)], width=80)
+    assert lines[lines.index("offered 12,346/s  completed 12,346/s  in flight 1,234  failed 3") - 1] == text
+
+
+def test_without_a_terminal_phases_are_whole_lines() -> None:
+    text = "interrupted: leaving the server as it was found (again to stop at once)"
+    assert live([("measuring", 0.3), ("measuring", 20.0), (text, None)], width=40, terminal=False) == [
+        "servebench: measuring (300 ms)",
+        "servebench: measuring (20.0 s)",
+        f"servebench: {text}",
+    ]
+
+
+def test_a_schedule_is_never_broken() -> None:
+    document = {
+        "planned": 5_030,
+        "last_offset_ns": 20_001_000_000,
+        "arrivals": "mlperf",
+        "target_qps": 250.0,
+        "scheduled_qps": 251.44,
+        "seed": 7,
+        "sha256": "c8" * 32,
+        "gaps_ns": {"min": 1_040, "median": 2_750_000, "max": 42_300_000},
+        "rate_over_time": [{"from_s": 0.0, "qps": 2_480.0}, {"from_s": 1.0, "qps": 0.0}],
+    }
+    file = io.StringIO()
+    render_schedule("digits", document, console=Console(file=file, width=40))
+    assert file.getvalue().splitlines() == [
+        "digits: 5,030 queries over 20.001 s",
+        "mlperf arrivals, target 250/s, scheduled 251.4/s, seed 7",
+        f"sha256 of the arrival times {'c8' * 32}",
+        "gaps: min 1.04 us, median 2.75 ms, max 42.3 ms",
+        "      0.00 s    2,480.0/s " + "█" * 40,
+        "      1.00 s        0.0/s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, "0%"),
+        (0.063022, "6.3%"),
+        (0.100033, "10%"),
+        (0.000833, "0.0833%"),
+        (0.98618, "98.6%"),
+        (0.99953, "99.953%"),
+        (0.9999996, "99.99996%"),
+        (1.0, "100%"),
+        (1.014, "101%"),
+    ],
+)
+def test_shares_have_three_digits_and_only_all_is_all(share: float, text: str) -> None:
+    assert say_share(share) == text

@@ -113,19 +113,18 @@ def test_an_infinite_percentile_says_what_it_exceeds() -> None:
     assert judgement.result == "FAIL"
     assert judgement.measured is None
     assert judgement.measured_above == 60 * MS
-    assert "over 60 ms" in judgement.reason
-    assert "see errors" in judgement.reason
+    assert "no value (over 60.0 ms), because 3 of 100 queries failed; 8 of 100 queries were over the bound" in judgement.reason
 
 
 def test_needed_seconds_are_at_the_scheduled_rate() -> None:
     judgement = judged("p99 <= 50ms", run_with(400))
     assert judgement.needed_queries == 59
     assert judgement.needed_seconds == pytest.approx(0.59)
-    assert "run at least 59 more (1 s at 100.0/s)" in judgement.reason
+    assert "run at least 59 more (1 s at 100/s)" in judgement.reason
 
 
 def test_a_goodput_that_was_never_offered_is_named() -> None:
-    assert "only 100.0/s were offered" in judged("goodput(50ms) >= 150/s", run_with(1_001)).reason
+    assert "only 100/s were offered" in judged("goodput(50ms) >= 150/s", run_with(1_001)).reason
 
 
 def test_shed_queries_are_over_every_bound() -> None:

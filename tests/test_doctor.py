@@ -398,7 +398,8 @@ def test_what_is_shared_is_shown_once_and_last() -> None:
     assert examine.merged([group_of("a"), docker, group_of("b"), docker]) == [group_of("a"), group_of("b"), docker]
 
 
-def test_the_report_names_every_state_and_fix() -> None:
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_report_names_every_state_and_fix(terminal: bool) -> None:
     groups = (
         group_of("Client", OK, WARN),
         group_of("by wheel", OK, WARN, way="x by wheel"),
@@ -407,10 +408,13 @@ def test_the_report_names_every_state_and_fix() -> None:
         group_of("Devices", ABSENT),
     )
     text = StringIO()
-    render(examine.Examination(groups), console=Console(file=text, width=100))
+    console = Console(file=text, width=100, force_terminal=terminal, color_system=None)
+    render(examine.Examination(groups), console=console)
     lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
-    assert "FAIL check 0 found - meaning" in lines
-    assert lines.count("fix: the fix") == 4, "absent devices need none"
+    # Below the check for a person to read, in its line for a program.
+    assert "FAIL check 0 found - meaning" + ("" if terminal else "; fix: the fix") in lines
+    assert "absent check 0 found - meaning" in lines, "absent devices need none"
+    assert sum(line.endswith("fix: the fix") for line in lines) == 4
     assert lines[lines.index("Verdict") :] == [
         "Verdict",
         "client: can measure",

@@ -519,7 +519,7 @@ def test_the_shipped_samples_are_what_the_command_makes(tmp_path: Path) -> None:
     assert result.exit_code == 0
     shipped = MODELS["bert"].folder.parent
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert len(made) == 42
+    assert len(made) == 26
     for path in made:
         if path.suffix == ".npz":
             with np.load(tmp_path / path) as new, np.load(shipped / path) as old:
@@ -527,8 +527,7 @@ def test_the_shipped_samples_are_what_the_command_makes(tmp_path: Path) -> None:
                 assert all(np.array_equal(new[name], old[name]) for name in new.files)
         else:
             assert (tmp_path / path).read_bytes() == (shipped / path).read_bytes()
-    for folder in ("bert/short", "dlrm/clicks"):
-        assert len(list((shipped / folder).glob("*"))) == len(list((tmp_path / folder).glob("*"))) == 16
+    assert len(list((shipped / "bert/short").glob("*"))) == len(list((tmp_path / "bert/short").glob("*"))) == 16
 
 
 def test_bodies_hold_the_same_samples_as_the_other_files() -> None:
@@ -540,8 +539,6 @@ def test_bodies_hold_the_same_samples_as_the_other_files() -> None:
         bert.BertForQuestionAnswering.check_inputs(*tokens[:, None])
         assert 8 <= tokens.shape[1] <= 32 and tokens[0, 0] == 101 and tokens[0, -1] == 102
     with np.load(MODELS["dlrm"].folder / "clicks.npz") as file:
-        body = (MODELS["dlrm"].folder / "clicks" / "003.bin").read_bytes()
-        assert body == file["DENSE"][3].tobytes() + file["SPARSE"][3].tobytes()
         assert math.isfinite(file["DENSE"].max()) and file["SPARSE"].max() < 40_000_000
 
 

@@ -17,7 +17,10 @@ def render(examination: Examination, *, console: Console) -> None:
     """Print every group of checks, fixes below what needs them, and a line for each way to launch."""
     for group in examination.groups:
         console.print(f"[bold]{escape(group.title)}[/]")
-        console.print(_table(group))
+        if console.is_terminal:
+            console.print(_table(group))
+        else:
+            _print_lines(group, console)  # to be copied or searched: a check is a line
     console.print("[bold]Verdict[/]")
     client = "can measure" if examination.client_works else "[red]cannot measure: see Client above[/]"
     console.print(f"  client: {client}", soft_wrap=True)
@@ -32,13 +35,20 @@ def _table(group: CheckGroup) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in group.checks:
-        # That a host lacks most kinds of devices needs no remedy; what a way to launch lacks does.
-        with_fix = check.fix is not None and (group.way is not None or check.state is not State.ABSENT)
-        table.add_row(_MARKS[check.state], escape(check.name), _text(check, with_fix=with_fix))
+        table.add_row(_MARKS[check.state], escape(check.name), _text(check, group))
     return table
 
 
-def _text(check: HostCheck, *, with_fix: bool) -> str:
+def _print_lines(group: CheckGroup, console: Console) -> None:
+    width = max(len(check.name) for check in group.checks)
+    for check in group.checks:
+        text = _text(check, group).replace("\n", "; ")
+        console.print(f"{_MARKS[check.state]}  {escape(check.name):<{width}}  {text}", soft_wrap=True)
+
+
+def _text(check: HostCheck, group: CheckGroup) -> str:
+    # That a host lacks most kinds of devices needs no remedy; what a way to launch lacks does.
+    with_fix = check.fix is not None and (group.way is not None or check.state is not State.ABSENT)
     text = f"{escape(check.found)} [dim]- {escape(check.meaning)}[/]"
     return f"{text}\n[bold]fix:[/] {escape(check.fix or '')}" if with_fix else text
 

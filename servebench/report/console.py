@@ -7,18 +7,21 @@ server's error text can neither be markup nor reach the terminal as control code
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from servebench.judge.wording import say_percentile, say_share
+from servebench.judge.summary import percentile_index
+from servebench.judge.wording import say_measured, say_number, say_percentile, say_queries, say_rate, say_share, say_time
 
 _STYLES = {
     "PASS": "green",
@@ -39,20 +42,20 @@ _DETAIL_CHARACTERS = 300
 #: Response time that is not service time matters from this share of the response time on, unless it is tiny against the bound.
 _GAP_SHARE_OF_RESPONSE = 0.1
 _GAP_SHARE_OF_BOUND = 0.01
+#: What servers' error texts leave unsaid.
+_HINTS = {"has no worker to serve inference request": "TorchServe says so also of a full queue, see its job_queue_size"}
+#: Rules of trust that say why queries were not issued as planned.
+_ISSUE_CODES = ("arrivals", "achieved_rate", "lateness", "loop_stall", "connection_cap", "connection_opening")
 
 
 def format_duration(value_ns: float) -> str:
     """``6_100_000`` -> ``"6.10 ms"``: us, ms or s, three significant digits, zeros kept so that columns line up."""
-    for unit, scale_ns in (("us", 1e3), ("ms", 1e6)):
-        text = _significant(value_ns / scale_ns, 3)
-        if abs(float(text)) < 1_000:
-            return f"{text} {unit}"
-    return f"{_significant(value_ns / 1e9, 3)} s"
+    return say_time(value_ns)
 
 
 def format_rate(per_second: float) -> str:
-    """Queries per second, four significant digits or all whole ones: ``200/s``, ``198.7/s``, ``12346/s``."""
-    return f"{_number(per_second)}/s"
+    """Queries per second, four significant digits or all whole ones: ``200/s``, ``198.7/s``, ``12,346/s``."""
+    return say_rate(per_second)
 
 
 def render(run: Mapping[str, Any], *, console: Console, directory: Path | None = None) -> None:
@@ -74,7 +77,7 @@ def render(run: Mapping[str, Any], *, console: Console, directory: Path | None =
     _print_trust(page, run)
     if directory is not None:
         page.literal("Run", f"{directory}")
-        page.literal("Next", f"servebench report {shlex.quote(str(directory))}")
+        page.literal("Again", f"servebench report {shlex.quote(str(directory))}")
 
 
 class _Page:
@@ -112,7 +115,7 @@ class _Page:
         self._print(Text.assemble((f"{label:<{_LABEL_WIDTH}}", "bold"), self._printable(text)))
 
     def _wrapped(self, text: str, indent: int) -> list[str]:
-        glued = re.sub(r"(?<=\d) (?=(?:[num]?s|queries)\b|%)", "\N{NO-BREAK SPACE}", self._printable(text))
+        glued = re.sub(r"(?<=\d) (?=(?:[num]?s|query|queries)\b)", "\N{NO-BREAK SPACE}", self._printable(text))
         lines = textwrap.wrap(glued, self._width - indent, break_on_hyphens=False) or [""]
         return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
@@ -136,15 +139,15 @@ def _promise(run: Mapping[str, Any]) -> str:
         return "no constraint was judged"
     first = deciding[0]
     target_qps = (run.get("rates") or {}).get("target_qps")
-    text = f"{first.get('text')}{f' at {_number(target_qps)} queries/s' if target_qps else ''}"
+    text = f"{first.get('text')}{f' at {say_number(target_qps)} queries/s' if target_qps else ''}"
     if verdict == "INVALID":
         return f"{text}: unknown, the run cannot be trusted"
-    text += f": measured {_measured(first)}"
+    text += f": {_measured(first, run)}"
     if verdict == "FAIL" and len(deciding) > 1:
         text += f", and {len(deciding) - 1} more broken"
     if verdict == "INCONCLUSIVE":
         needed = max(item.get("needed_queries") or 0 for item in deciding)
-        text += f", but needs at least {needed} more queries"
+        text += f", but needs at least {needed:,} more queries"
     if trust.get("verdict") == "DEGRADED":
         text += " (trust is DEGRADED, see below)"
     return text
@@ -153,7 +156,7 @@ def _promise(run: Mapping[str, Any]) -> str:
 def _print_constraints(page: _Page, run: Mapping[str, Any]) -> None:
     for item in run.get("constraints") or []:
         result = item.get("result") or ""
-        reason = item.get("reason") or f"{item.get('text')}: measured {_measured(item)}"
+        reason = item.get("reason") or f"{item.get('text')}: {_measured(item, run)}"
         page.marked(result, reason)
 
 
@@ -161,7 +164,7 @@ def _print_latencies(page: _Page, run: Mapping[str, Any]) -> None:
     blocks = [(run.get(key) or {}, name) for key, name in _SERIES]
     if not any(block.get("count") for block, _ in blocks):
         return
-    percentiles = sorted({key for block, _ in blocks for key in block.get("percentiles") or {}}, key=float)
+    percentiles = _telling_percentiles(run, [block for block, _ in blocks])
     stopping = run.get("early_stopping") or {}
     headline = say_percentile(stopping["percentile"]) if stopping.get("percentile") is not None else None
     page.line()
@@ -174,14 +177,25 @@ def _print_latencies(page: _Page, run: Mapping[str, Any]) -> None:
         page.line(f"  {name:<{_LABEL_WIDTH - 2}}{cells}")
     response = blocks[0][0]
     if response.get("infinite"):
-        page.item(
-            "",
-            f"{response['infinite']} of {response['count']} queries have no latency and count as over every bound; "
-            "max and mean are of the others.",
-            indent=2,
-        )
+        others = "; max and mean are of the others" if response["infinite"] < response["count"] else ""
+        none = f"{response['infinite']:,} of {say_queries(response['count'])} have no latency{_never_sent(run)}"
+        page.item("", f"{none} and count as over every bound{others}.", indent=2)
     if gap := _gap(run, headline or "99", stopping.get("latency_bound_ns")):
         page.item("", gap, indent=2)
+
+
+def _telling_percentiles(run: Mapping[str, Any], blocks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The percentiles to show: those that are promised, and of the others those that are not merely the slowest query."""
+    keys = {key for block in blocks for key in block.get("percentiles") or {}}
+    promises = [re.match(r"(?:\w+\.)?p([\d.]+)", item.get("text") or "") for item in run.get("constraints") or []]
+    promised = {say_percentile(float(match[1])) for match in promises if match}
+    count = (run.get("response_time") or {}).get("count") or 0
+    return sorted((key for key in keys if key in promised or percentile_index(count, float(key)) < count - 1), key=float)
+
+
+def _never_sent(run: Mapping[str, Any]) -> str:
+    shed = (run.get("counts") or {}).get("shed")
+    return f" ({shed:,} never sent)" if shed else ""
 
 
 def _gap(run: Mapping[str, Any], percentile: str, bound_ns: int | None) -> str | None:
@@ -206,14 +220,15 @@ def _print_books(page: _Page, run: Mapping[str, Any]) -> None:
     counts = run.get("counts")
     if not counts:
         return
-    page.item("Queries", _equation(counts, "planned", ("issued", "shed")))
+    never = ("shed", "not_due") if counts.get("not_due") else ("shed",)
+    page.item("Queries", _equation(counts, "planned", ("issued", *never)))
     page.item("", _equation(counts, "issued", ("ok", "error", "timeout", "unfinished")))
 
 
 def _equation(counts: Mapping[str, Any], total: str, parts: Iterable[str]) -> str:
     values = {name: counts.get(name) or 0 for name in (total, *parts)}
     sign = "=" if values[total] == sum(values[name] for name in parts) else "IS NOT"
-    return f"{total} {values[total]} {sign} " + " + ".join(f"{name} {values[name]}" for name in parts)
+    return f"{total} {values[total]:,} {sign} " + " + ".join(f"{name.replace('_', ' ')} {values[name]:,}" for name in parts)
 
 
 def _print_errors(page: _Page, run: Mapping[str, Any]) -> None:
@@ -222,26 +237,44 @@ def _print_errors(page: _Page, run: Mapping[str, Any]) -> None:
         detail = " ".join(str(error.get("detail") or "").split())
         if len(detail) > _DETAIL_CHARACTERS:
             detail = detail[:_DETAIL_CHARACTERS] + " ..."
+        detail += "".join(f" [{hint}]" for known, hint in _HINTS.items() if known in detail)
         example = f" (e.g. query {error['example']})" if error.get("example") is not None else ""
-        text = f"{error.get('count')} x {error.get('kind')}{': ' if detail else ''}{detail}{example}"
+        text = f"{error.get('count') or 0:,} x {error.get('kind')}{': ' if detail else ''}{detail}{example}"
         page.item("" if number else "Errors", text, style="bold red")
     if len(errors) > _ERRORS_SHOWN:
         page.item("", f"and {len(errors) - _ERRORS_SHOWN} more kinds, see run.json")
 
 
 def _print_rates(page: _Page, run: Mapping[str, Any]) -> None:
-    rates = run.get("rates") or {}
-    names = ("scheduled", "issued", "completed", "goodput")  # the target is in the headline
-    parts = [f"{name} {_number(rates[f'{name}_qps'])}" for name in names if rates.get(f"{name}_qps") is not None]
-    if parts:
-        page.item("Rates/s", ", ".join(parts))
+    """The rates, and the time that each is over: ``scheduled 200, issued 200 over 20.0 s; completed 190 over 21.0 s``."""
+    rates, counts, delay = run.get("rates") or {}, run.get("counts") or {}, run.get("issue_delay") or {}
+    bound_ns = (run.get("early_stopping") or {}).get("latency_bound_ns")
+    parts: list[tuple[str, str]] = []  # and the time that each is over
+    for name, queries in (  # the target is in the headline
+        ("scheduled", counts.get("planned")),
+        ("issued", (delay.get("count") or 0) - (delay.get("infinite") or 0)),
+        ("completed", counts.get("ok")),
+        ("goodput", None),  # over the same time as completed
+    ):
+        rate = rates.get(f"{name}_qps")
+        if rate is None:
+            continue
+        before = parts[-1][1] if parts else ""
+        bound = f"({say_time(bound_ns)})" if name == "goodput" and bound_ns else ""
+        # A rate encloses one gap fewer than queries.
+        parts.append(
+            (f"{name}{bound} {say_number(rate)}", say_time((queries - 1) / rate * 1e9) if queries and rate else before)
+        )
+    stretches = [(over, ", ".join(text for text, _ in group)) for over, group in groupby(parts, key=itemgetter(1))]
+    if stretches:
+        page.item("Rates/s", "; ".join(f"{text} over {over}" if over else text for over, text in stretches))
 
 
 def _print_checks(page: _Page, run: Mapping[str, Any]) -> None:
     check = run.get("output_check") or {}
     if "checked" in check:
         golden = " against golden outputs" if check.get("golden") else ""
-        page.item("Replies", f"{check['checked']} checked{golden}, {check.get('wrong') or 0} wrong")
+        page.item("Replies", f"{check['checked']:,} checked{golden}, {check.get('wrong') or 0:,} wrong")
     validity, stopping = run.get("loadgen_validity"), run.get("early_stopping") or {}
     if validity is not None:
         unmet = [name.removesuffix("_met").replace("_", " ") for name, met in validity.items() if name != "valid" and not met]
@@ -259,7 +292,8 @@ def _print_trust(page: _Page, run: Mapping[str, Any]) -> None:
     if run.get("verdict") != "INVALID":  # else they stand at the top
         _print_trust_reasons(page, run)
     if schedule.get("checks"):
-        page.item("Arrivals", _arrivals(schedule.get("arrivals") or "", schedule["checks"]))
+        codes = [reason.get("code") for reason in trust.get("reasons") or []]
+        page.item("Arrivals", _arrivals(schedule.get("arrivals") or "", schedule["checks"], codes))
 
 
 def _print_trust_reasons(page: _Page, run: Mapping[str, Any]) -> None:
@@ -268,7 +302,7 @@ def _print_trust_reasons(page: _Page, run: Mapping[str, Any]) -> None:
         page.marked(reason.get("severity") or "", f"{reason.get('code')}: {reason.get('text')}{remedy}.")
 
 
-def _arrivals(claimed: str, checks: Mapping[str, Any]) -> str:
+def _arrivals(claimed: str, checks: Mapping[str, Any], codes: Iterable[str | None]) -> str:
     """The arrival tests in one line: two p-values, then what is 1 for Poisson (IDC: index of dispersion, by window size)."""
     if checks.get("result") == "too_few":
         return f"{claimed} untested: {checks.get('gaps')} gaps are too few"
@@ -276,22 +310,29 @@ def _arrivals(claimed: str, checks: Mapping[str, Any]) -> str:
     parts = [f"{name} {value:.2f}" for name, value in numbers if value is not None]
     if checks.get("dispersion"):
         parts.append("IDC " + " ".join(f"{item['index']:.2f}" for item in checks["dispersion"]))
-    return f"{claimed} {'ok' if checks.get('result') == 'ok' else 'WRONG'}: {', '.join(parts)}"
+    result = "ok" if checks.get("result") == "ok" else "WRONG"
+    if result == "WRONG" and not checks.get("problems") and checks.get("issue_problems"):
+        why = next((f" (see {code})" for code in _ISSUE_CODES if code in codes), "")
+        result = f"planned ok, issued not as planned{why}"
+    return f"{claimed} {result}: {', '.join(parts)}"
 
 
-def _measured(item: Mapping[str, Any]) -> str:
-    """A constraint's measured value in its unit, with as many digits as it takes to tell it from the bound."""
-    measured, above, unit = item.get("measured"), item.get("measured_above"), item.get("unit")
-    if measured is None:
-        return f"over {format_duration(above)}, by failed queries" if above else "nothing"
-    if unit == "share":
-        return say_share(measured)
-    if unit == "qps":
-        return format_rate(measured)
-    text, bound = format_duration(measured), item.get("bound")
-    if bound is not None and measured != bound and text == format_duration(bound):
-        return f"{measured / 1e6:.6f}".rstrip("0") + " ms"
-    return text
+def _measured(item: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """A constraint's measured value, or why it has none."""
+    measured = item.get("measured")
+    if measured is not None:
+        return f"measured {say_measured(measured, item.get('unit') or 'ns', item.get('bound'))}"
+    if item.get("measured_above") is None:
+        return "nothing was measured"
+    counts, kinds = run.get("counts") or {}, Counter[str]()
+    for error in run.get("errors") or []:
+        kinds[error.get("kind") or ""] += error.get("count") or 0
+    due = (counts.get("planned") or 0) - (counts.get("not_due") or 0)
+    if (item.get("text") or "").startswith("delay."):
+        return f"no value, {(run.get('issue_delay') or {}).get('infinite') or 0:,} of {say_queries(due)} were never sent"
+    mostly = "".join(f", mostly {kind}" for kind, _ in kinds.most_common(1))
+    failed = "failed or were never sent" if counts.get("shed") else "failed"
+    return f"no value, {due - (counts.get('ok') or 0):,} of {say_queries(due)} {failed}{mostly}"
 
 
 def _percentile_cell(block: Mapping[str, Any], key: str) -> str:
@@ -301,22 +342,8 @@ def _percentile_cell(block: Mapping[str, Any], key: str) -> str:
     if percentiles[key] is not None:
         return format_duration(percentiles[key])
     above_ns = (block.get("above_ns") or {}).get(key)
-    return f"> {format_duration(above_ns)}" if above_ns else "failed"
+    return f"> {format_duration(above_ns)}" if above_ns else "no value"
 
 
 def _cell(value_ns: float | None) -> str:
     return "-" if value_ns is None else format_duration(value_ns)
-
-
-def _number(per_second: float) -> str:
-    text = _significant(per_second, 4)
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def _significant(value: float, digits: int) -> str:
-    """Fixed-point with that many significant digits, or with all whole ones."""
-    rounded = float(f"{value:.{digits}g}")
-    whole_digits = math.floor(math.log10(abs(rounded))) + 1 if rounded else digits
-    if whole_digits >= digits:
-        return f"{value:.0f}"
-    return f"{rounded:.{min(digits - whole_digits, digits)}f}"

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from servebench.judge.wording import say_time
 from servebench.record.progress import Snapshot
 from servebench.report.console import format_duration, format_rate
 
-_BAR_CHARACTERS = 24
+_BAR_CHARACTERS = 16
 
 
 class LiveView:
     """Shows phases and snapshots on stderr; use it as a context manager around the run."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    def __init__(self, *, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
         self._live: Live | None = None
         self._phase = ""
         self._duration_s: float | None = None
@@ -40,39 +40,37 @@ class LiveView:
         if self._live is not None:
             self._live.update(Text(f"{name} ..."))
         else:
-            planned = f" ({duration_s:.0f} s)" if duration_s else ""
-            self._console.print(Text(f"servebench: {name}{planned}"))
+            planned = f" ({say_time(duration_s * 1e9)})" if duration_s else ""
+            self._console.print(Text(f"servebench: {name}{planned}"), soft_wrap=True)
 
     def progress(self, snapshot: Snapshot) -> None:
         """How the phase is going."""
         if self._live is not None:
-            self._live.update(_progress_table(self._phase, self._duration_s, snapshot))
+            self._live.update(_progress_lines(self._phase, self._duration_s, snapshot))
 
 
-def _progress_table(phase: str, duration_s: float | None, snapshot: Snapshot) -> Table:
-    table = Table.grid(padding=(0, 2))
-    share = min(1.0, snapshot.elapsed_s / duration_s) if duration_s else 0.0
-    filled = round(share * _BAR_CHARACTERS)
-    table.add_row(
-        Text(phase, style="bold"),
-        Text("━" * filled, style="cyan") + Text("━" * (_BAR_CHARACTERS - filled), style="dim"),
-        f"{snapshot.elapsed_s:.0f} of {duration_s or 0:.0f} s",
-        f"{snapshot.issued:,} of {snapshot.planned:,} queries",
+def _progress_lines(phase: str, duration_s: float | None, snapshot: Snapshot) -> Group:
+    """Where the phase is, how much goes through, how long it takes: a line each, so that each fits into 80 columns."""
+    queries = f"{snapshot.issued:,} of {snapshot.planned:,} queries"
+    first = [Text(phase, style="bold")]
+    if duration_s:
+        filled = round(min(1.0, snapshot.elapsed_s / duration_s) * _BAR_CHARACTERS)
+        bar = Text.assemble(("━" * filled, "cyan"), ("━" * (_BAR_CHARACTERS - filled), "dim"))
+        first += [bar, Text(f"{snapshot.elapsed_s:,.0f} s of {say_time(duration_s * 1e9)}"), Text(queries)]
+    failed = Text(f"failed {snapshot.failed:,}", style="red" if snapshot.failed else "dim")
+    rates = f"offered {format_rate(snapshot.offered_qps)}", f"completed {format_rate(snapshot.completed_qps)}"
+    times = (("p50", snapshot.p50_ns), ("p99", snapshot.p99_ns), ("issued late p99", snapshot.delay_p99_ns))
+    return Group(
+        _line(first),
+        _line([*map(Text, rates), Text(f"in flight {snapshot.in_flight:,}"), failed]),
+        _line([Text(f"{name} {_duration(value_ns)}") for name, value_ns in times]),
     )
-    second = Table.grid(padding=(0, 2))
-    second.add_row(
-        f"offered {format_rate(snapshot.offered_qps)}",
-        f"completed {format_rate(snapshot.completed_qps)}",
-        f"in flight {snapshot.in_flight:,}",
-        f"p50 {_duration(snapshot.p50_ns)}",
-        f"p99 {_duration(snapshot.p99_ns)}",
-        f"late p99 {_duration(snapshot.delay_p99_ns)}",
-        Text(f"failed {snapshot.failed:,}", style="red" if snapshot.failed else "dim"),
-    )
-    outer = Table.grid()
-    outer.add_row(table)
-    outer.add_row(second)
-    return outer
+
+
+def _line(cells: list[Text]) -> Text:
+    line = Text("  ").join(cells)
+    line.no_wrap, line.overflow = True, "ellipsis"
+    return line
 
 
 def _duration(value_ns: int | None) -> str:

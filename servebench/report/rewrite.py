@@ -27,16 +27,20 @@ def rewrite_reports(directory: Path) -> dict[str, Any]:
     """
     run = open_run(directory)
     document = judge(run)
-    write_json(directory / RUN, document)
-    _write_histograms(run, directory)
+    write_reports(run, document, directory)
     return document
 
 
-def _write_histograms(run: Run, directory: Path) -> None:
-    histogram, failed, in_order, last_ns = Histogram(), 0, True, 0
+def write_reports(run: Run, document: dict[str, Any], directory: Path) -> None:
+    """Write a run's document and its latency files. `OSError` when they cannot be written."""
+    write_json(directory / RUN, document)
+    _write_histograms(run, document["response_time"]["infinite"], directory)
+
+
+def _write_histograms(run: Run, failed: int, directory: Path) -> None:
+    histogram, in_order, last_ns = Histogram(), True, 0
     for outcome, scheduled_ns, completed_ns in run.chunks("outcome", "scheduled_ns", "completed_ns"):
         ok = outcome == Outcome.OK
-        failed += int(np.count_nonzero(~ok))
         histogram.record(completed_ns[ok] - scheduled_ns[ok])
         in_order &= bool(scheduled_ns[0] >= last_ns and np.diff(scheduled_ns).min(initial=0) >= 0)
         last_ns = int(scheduled_ns[-1])

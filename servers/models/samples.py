@@ -109,7 +109,6 @@ def main(out: Path) -> None:
     write_npz(
         out / "dlrm" / "clicks.npz", {name: np.stack([row[name] for row in rows_of_clicks]) for name in rows_of_clicks[0]}
     )
-    write_bodies(out / "dlrm" / "clicks", rows_of_clicks[:16])
     click.echo(f"libraries written to {out}, seed {SEED}")
 
 
