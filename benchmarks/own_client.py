@@ -73,7 +73,7 @@ def run_own(
             "drain_timeout_s": 5,
         },
         "client": {"cpus": list(cpus), "pacing": pacing},
-        "constraints": ["p99 <= 10s"],
+        "constraints": ["p99 <= 5s"],
     }
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         directory = Path(scratch) / "run"

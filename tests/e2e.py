@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from servebench_servers.stub import StubLauncher, StubOptions
 
@@ -19,6 +21,7 @@ from servebench.engine.run import run_profile
 from servebench.launcher import RunningServer
 from servebench.profile import parse_profile
 from servebench.record.columns import Columns, HeaderSlot
+from servebench.record.outcome import ERROR_OUTCOMES, Outcome
 from servebench.record.progress import Snapshot
 from servebench.record.rundata import RunData
 from servebench.record.rundir import read_run
@@ -121,7 +124,7 @@ def trusted_run(*arguments: str, cwd: Path, timeout_s: float = 60) -> dict[str, 
         assert done.returncode in {0, 5}, done.stdout[-3000:] + done.stderr
         document: dict[str, Any] = json.loads(done.stdout)
         assert document["state"] == "complete"
-        assert_books_balance(document)
+        assert_books_balance(document, cwd / "run")
         trust = document["trust"]
         if trust["verdict"] == "VALID":
             assert document["verdict"] == "PASS"
@@ -148,8 +151,35 @@ def facts(directory: Path) -> dict[str, Any]:
     return document
 
 
-def assert_books_balance(document: dict[str, Any]) -> None:
-    """The conservation law, on the reported counts."""
-    counts = document["counts"]
-    assert counts["planned"] == counts["issued"] + counts["shed"], counts
-    assert counts["issued"] == counts["ok"] + counts["error"] + counts["timeout"] + counts["unfinished"], counts
+def assert_books_balance(document: dict[str, Any], directory: Path) -> None:
+    """The reported counts, errors and workers' statistics against the records of the run, row by row."""
+    counts, records = document["counts"], read_run(directory)
+    tally = Counter({outcome: int((records.outcome == outcome).sum()) for outcome in Outcome})
+    untouched = tally[Outcome.SHED] + tally[Outcome.NOT_ISSUED]
+    expected = {
+        "ok": tally[Outcome.OK],
+        "timeout": tally[Outcome.TIMEOUT],
+        "unfinished": tally[Outcome.UNFINISHED] + tally[Outcome.OUTSTANDING],
+        "error": sum(tally[outcome] for outcome in ERROR_OUTCOMES),
+    }
+    assert {name: counts[name] for name in expected} == expected
+    assert counts["planned"] == len(records.outcome) == tally.total() == document["schedule"]["planned"]
+    assert counts["shed"] + counts["not_due"] == untouched
+    assert counts["not_due"] == 0 or document["state"] != "complete"
+    sent = records.issued_ns >= 0
+    unconnected = ~sent & np.isin(records.outcome, [Outcome.CONNECT, Outcome.CLIENT])
+    assert counts["issued"] == sent.sum() + unconnected.sum() == counts["planned"] - untouched
+    told = Counter[str]()
+    for error in document["errors"]:
+        told[error["kind"]] += error["count"]
+    failures = {outcome.kind: tally[outcome] for outcome in ERROR_OUTCOMES}
+    failures |= {name: counts[name] for name in ("timeout", "shed", "unfinished")}
+    assert told == {kind: count for kind, count in failures.items() if count}
+    assert "books" not in {reason["code"] for reason in document["trust"]["reasons"]}, document["trust"]["reasons"]
+    for worker in document["workers"]:
+        if worker["stats"] is not None:
+            outcome = records.outcome[records.worker == worker["worker"]]
+            ok = int(np.isin(outcome, [Outcome.OK, Outcome.OUTPUT]).sum())
+            assert worker["stats"]["counted"] == {"begun": len(outcome), "ended": len(outcome), "ok": ok}
+    for name in ("response_time", "service_time", "issue_delay"):
+        assert document[name]["count"] == counts["planned"] - counts["not_due"]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from servebench.profile import parse_profile
-from servebench.record.outcome import Outcome
+from servebench.record.outcome import INTERRUPTED, Outcome
 from servebench.record.rundata import RunData
 
 MS = 1_000_000
@@ -94,7 +94,7 @@ def synthetic_run(
         "server": {"url": "http://127.0.0.1:8000"},
         "host_cpu": {"steal_share": 0.0, "throttled": 0},
     }
-    return RunData(
+    run = RunData(
         facts=facts,
         environment={"python": "3.11"},
         scheduled_ns=scheduled_ns,
@@ -108,6 +108,7 @@ def synthetic_run(
         worker=(np.arange(queries) % workers).astype(np.uint16),
         connection=np.zeros(queries, dtype=np.uint32),
     )
+    return told(run)
 
 
 def schedule_sha256(scheduled_ns: npt.NDArray[np.int64]) -> str:
@@ -128,7 +129,10 @@ def with_facts(run: RunData, changes: Mapping[str, Any]) -> RunData:
 
 
 def with_outcome(run: RunData, rows: Sequence[int] | slice, outcome: Outcome) -> RunData:
-    """The run with some queries ended otherwise; what was shed, or never issued, loses its times."""
+    """The run with some queries ended otherwise; what was shed, or never issued, loses its times.
+
+    Its workers counted them so, and told of them (see `told`).
+    """
     columns = {name: getattr(run, name).copy() for name in ("outcome", "issued_ns", "first_byte_ns", "completed_ns")}
     columns["outcome"][rows] = outcome
     if outcome in (Outcome.SHED, Outcome.NOT_ISSUED):
@@ -136,7 +140,46 @@ def with_outcome(run: RunData, rows: Sequence[int] | slice, outcome: Outcome) ->
             columns[name][rows] = -1
     elif outcome == Outcome.OUTSTANDING:
         columns["first_byte_ns"][rows] = columns["completed_ns"][rows] = -1
-    return replace(run, **columns)
+    return told(replace(run, **columns))
+
+
+def told(run: RunData) -> RunData:
+    """The run with the statistics and errors of workers that counted every query as its record says."""
+    facts = copy.deepcopy(run.facts)
+    for worker in facts.get("workers") or []:
+        if worker["stats"] is not None:
+            worker["stats"]["counted"] = _counted(run.outcome[run.worker == worker["worker"]])
+    described = {error["kind"]: error for error in facts.get("errors") or []}
+    facts["errors"] = [
+        {
+            "kind": outcome.kind,
+            "detail": described.get(outcome.kind, {}).get("detail", "as made up"),
+            "count": int((run.outcome == outcome).sum()),
+            "example": int(np.argmax(run.outcome == outcome)),
+        }
+        for outcome in Outcome
+        if outcome not in (Outcome.OK, Outcome.NOT_ISSUED, Outcome.OUTSTANDING) and (run.outcome == outcome).any()
+    ]
+    return replace(run, facts=facts)
+
+
+def interrupted(run: RunData, at_ns: int) -> RunData:
+    """The run as one interrupt left it: what was due later was shed, what was out was awaited."""
+    run = with_outcome(run, np.flatnonzero(run.scheduled_ns > at_ns).tolist(), Outcome.SHED)
+    changes: dict[str, Any] = {f"workers.{number}.stats.stopped_ns": at_ns for number in range(len(run.workers))}
+    errors = [
+        {**error, "detail": INTERRUPTED} if error["kind"] == Outcome.SHED.kind else error for error in run.facts["errors"]
+    ]
+    return with_facts(run, changes | {"state": "interrupted", "errors": errors})
+
+
+def killed(run: RunData, at_ns: int) -> RunData:
+    """The run as a kill of its process left it: what was due later was never touched, what had no reply is still out."""
+    run = with_outcome(run, np.flatnonzero(run.completed_ns > at_ns).tolist(), Outcome.OUTSTANDING)
+    run = with_outcome(run, np.flatnonzero(run.issued_ns > at_ns).tolist(), Outcome.NOT_ISSUED)
+    changes: dict[str, Any] = {f"workers.{number}.stats": None for number in range(len(run.workers))}
+    changes |= {f"workers.{number}.state": "lost" for number in range(len(run.workers))}
+    return with_facts(run, changes | {"state": "running", "errors": None, "output_check": None, "clocks.end": None})
 
 
 def with_delay(run: RunData, rows: Sequence[int] | slice, delay_ns: npt.ArrayLike) -> RunData:
@@ -157,6 +200,12 @@ def with_stall(run: RunData, at_ns: int, duration_ns: int) -> RunData:
     return with_facts(run, {"workers.0.stats.stalls": [stall], "workers.0.stats.stall_count": 1})
 
 
+def _counted(outcome: npt.NDArray[np.uint8]) -> dict[str, int]:
+    begun = int((outcome != Outcome.NOT_ISSUED).sum())
+    ok = int(((outcome == Outcome.OK) | (outcome == Outcome.OUTPUT)).sum())
+    return {"begun": begun, "ended": begun - int((outcome == Outcome.OUTSTANDING).sum()), "ok": ok}
+
+
 def _stats(wall_ns: int) -> dict[str, Any]:
     return {
         "cpu_s": 0.5 * wall_ns / S,
@@ -170,6 +219,7 @@ def _stats(wall_ns: int) -> dict[str, Any]:
         "stall_count": 0,
         "gc_collections": 0,
         "pacing": "precise",
+        "stopped_ns": None,
         "involuntary_switches": 0,
         "voluntary_switches": 0,
     }

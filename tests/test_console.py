@@ -381,6 +381,26 @@ def test_a_gap_that_changes_nothing_is_not_mentioned(response_ms: float, service
     assert not any("smaller than response" in line for line in printed(run))
 
 
+def test_what_was_not_due_when_a_run_was_interrupted_is_said_and_in_no_share() -> None:
+    run = failing()
+    run["counts"] |= {"planned": 9_031, "not_due": 5_000}
+    text = " ".join(" ".join(printed(run)).split())
+    assert "planned 9,031 = issued 4,030 + shed 1 + not due 5,000 issued 4,030 = ok" in text
+    assert "queries/s: no value, 81 of 4,031 queries failed or were never sent" in text
+
+
+def test_a_promise_about_the_client_without_a_value_says_what_was_never_sent() -> None:
+    run = failing()
+    run["issue_delay"] |= {"count": 4_031, "infinite": 81}
+    run["constraints"] = [judged("delay.p99 <= 2ms", "ns", None, 2e6, "FAIL", "...")]
+    run["constraints"][0]["measured_above"] = 4e5
+    run["early_stopping"] = None
+    run["rates"] = {"issued_qps": 200.0, "scheduled_qps": None, "completed_qps": None, "goodput_qps": None}
+    text = " ".join(" ".join(printed(run)).split())
+    assert "no value, 81 of 4,031 queries were never sent" in text
+    assert "issued 200 over 19.7 s" in text  # 3,949 gaps, not 4,030
+
+
 def test_books_that_do_not_balance_are_not_called_equal() -> None:
     run = passing()
     run["counts"]["ok"] = 4000

@@ -117,6 +117,20 @@ def test_remembered_header_blocks_do_not_hide_a_different_body() -> None:
         reader.feed(PLAIN + b"x")
 
 
+@pytest.mark.parametrize("body_bytes", range(121))
+def test_a_remembered_reply_is_not_whole_before_its_last_byte(body_bytes: int) -> None:
+    """Around the length of its own header block as well, where a cut inside the blank line could pass for a body."""
+    memo: HeaderMemo = {}
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % body_bytes + b"x" * body_bytes
+    for cut in range(1, len(reply)):
+        reader = ResponseReader(memo)
+        assert reader.feed(reply) is Progress.COMPLETE
+        assert memo, "from here on the block is remembered"
+        assert reader.feed(reply[:cut]) is Progress.PARTIAL, cut
+        assert reader.feed(reply[cut:]) is Progress.COMPLETE
+        assert (reader.status, reader.body_bytes) == (200, body_bytes)
+
+
 def test_what_closes_or_is_chunked_is_not_remembered() -> None:
     memo: HeaderMemo = {}
     for row in REPLIES:

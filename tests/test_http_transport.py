@@ -145,8 +145,10 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 async def opened(url: str, tape: Tape, connections: int = 1, **settings: Any) -> AsyncIterator[HttpTransport]:
     transport = HttpTransport(url, tape, **settings)
     await transport.open(connections)
-    yield transport
-    await transport.close()
+    try:
+        yield transport
+    finally:
+        await transport.close()
 
 
 def test_stamps_are_in_order_and_replies_are_counted() -> None:
@@ -167,7 +169,7 @@ def test_stamps_are_in_order_and_replies_are_counted() -> None:
 
 
 FAULTS = [
-    pytest.param([OK, b""], Outcome.STALE, "idle connection", id="closed as it was reused"),
+    pytest.param([OK, b""], Outcome.RESET, "while the query was out, before any reply", id="closed while it was served"),
     pytest.param([b""], Outcome.RESET, "before any reply", id="closed before the first reply"),
     pytest.param([OK, OK[:-1]], Outcome.RESET, "inside the reply, after 1 body", id="truncated body"),
     pytest.param([OK, OK[:10]], Outcome.RESET, "inside the reply", id="truncated header"),
@@ -200,6 +202,83 @@ def test_a_fault_ends_one_query_and_the_next_one_works(replies: list[bytes], out
                 else:
                     assert end.outcome is Outcome.OK
             assert len(tape.issues) == last + 2, "nothing was sent twice"
+
+    run(test())
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize(
+    ("closed", "outcome", "detail"),
+    [
+        pytest.param("before", Outcome.STALE, "the server closed the idle connection as it was reused", id="before it came"),
+        pytest.param(
+            "after", Outcome.RESET, "the server closed the connection while the query was out, before any reply", id="after"
+        ),
+    ],
+)
+def test_a_reused_connection_is_stale_only_if_it_was_closed_before_the_query_came(
+    closed: str, outcome: Outcome, detail: str, tls: bool
+) -> None:
+    """The server's blocking socket is the test's: nothing lies between its close and our next query."""
+    authority = trustme.CA()
+    server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(server_tls)
+    client_tls = ssl.create_default_context()
+    authority.configure_trust(client_tls)
+
+    async def test() -> None:
+        tape = Tape()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(10)
+            url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
+
+            def accept() -> socket.socket:
+                conversation = listener.accept()[0]
+                conversation.settimeout(10)
+                return server_tls.wrap_socket(conversation, server_side=True) if tls else conversation
+
+            def hang_up(conversation: socket.socket) -> None:
+                if isinstance(conversation, ssl.SSLSocket):
+                    conversation.setblocking(False)
+                    with contextlib.suppress(ssl.SSLWantReadError):
+                        conversation.unwrap()  # says goodbye, and does not wait for ours
+                conversation.close()
+
+            accepting = asyncio.create_task(asyncio.to_thread(accept))
+            async with opened(url, tape, max_connections=1, ssl_context=client_tls if tls else None) as transport:
+                with await accepting as conversation:
+                    transport.issue(0, REQUEST)
+                    assert await asyncio.to_thread(conversation.recv, 1 << 16) == REQUEST
+                    conversation.send(OK)
+                    assert (await tape.of(0)).outcome is Outcome.OK
+                    if closed == "before":
+                        hang_up(conversation)
+                    transport.issue(1, REQUEST)
+                    if closed == "after":
+                        assert await asyncio.to_thread(conversation.recv, 1 << 16) == REQUEST
+                        hang_up(conversation)
+                    end = await tape.of(1)
+                    assert (end.outcome, end.first_byte_ns, end.detail) == (outcome, 0, detail)
+                    assert tape.issues[1][1] == tape.issues[0][1], "it was sent on the reused connection"
+
+    run(test())
+
+
+def test_a_reused_connection_that_we_close_ourselves_is_not_said_to_be_the_servers_doing() -> None:
+    async def test() -> None:
+        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+            await read_request(reader)
+            writer.write(OK)
+            await reader.read()
+
+        tape = Tape()
+        async with serving(script) as url, opened(url, tape, max_connections=1) as transport:
+            transport.issue(0, REQUEST)
+            assert (await tape.of(0)).outcome is Outcome.OK
+            transport.issue(1, REQUEST)
+            await transport.close()
+            end = await tape.of(1)
+            assert (end.outcome, end.detail) == (Outcome.RESET, "connection closed before any reply")
 
     run(test())
 
@@ -264,7 +343,8 @@ def test_waiting_under_a_cap_is_counted_and_nothing_is_lost() -> None:
             stats = transport.stats
             assert (stats.connections_opened, stats.connections_peak) == (2, 2)
             assert (stats.connection_waits, stats.cap_waits) == (4, 4)
-            assert stats.cap_wait_ns > 0
+            assert stats.cap_wait_ns >= 4 * (tape.issues[2][0] - opened_gate_ns)
+            assert stats.cap_wait_ns <= 4 * (tape.issues[5][0] - tape.issues[1][0])
 
     run(test())
 
@@ -404,6 +484,9 @@ def test_queries_that_never_got_a_connection_are_given_back() -> None:
             for row in range(3):
                 transport.issue(row, REQUEST)
             assert transport.abandon_waiting() == [1, 2]
+            stats = transport.stats
+            assert (stats.connection_waits, stats.cap_waits) == (2, 2)
+            assert 0 < stats.cap_wait_ns <= 2 * (now_ns() - tape.issues[0][0])
             transport.cancel(0, tape.issues[0][1], Outcome.UNFINISHED, "end of drain")
             assert (await tape.of(0)).outcome is Outcome.UNFINISHED
             assert set(tape.issues) == {0}

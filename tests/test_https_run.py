@@ -27,6 +27,7 @@ class Doubler:
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._authorise])
         app.router.add_get("/v2/models/doubler", self._metadata)
+        app.router.add_get("/v2", self._server)
         app.router.add_post("/v2/models/doubler/infer", self._infer)
         return app
 
@@ -36,6 +37,9 @@ class Doubler:
             return web.json_response({"error": "who are you?"}, status=401)
         response: web.StreamResponse = await handler(request)
         return response
+
+    async def _server(self, request: web.Request) -> web.Response:
+        return web.json_response({"name": "test", "version": "1", "extensions": []})
 
     async def _metadata(self, request: web.Request) -> web.Response:
         tensor = {"datatype": "FP32", "shape": [-1, 3]}
@@ -113,7 +117,7 @@ def test_a_run_over_tls_with_a_token(
     assert document["counts"]["ok"] == document["counts"]["planned"] == len(server.seen) == len(data.outcome)
     assert document["output_check"]["checked"] == document["counts"]["ok"]
     assert document["output_check"]["wrong"] == 0
-    assert_books_balance(document)
+    assert_books_balance(document, tmp_path / "run")
     for file in (tmp_path / "run").rglob("*"):
         if file.is_file():
             assert TOKEN.encode() not in file.read_bytes(), file.name

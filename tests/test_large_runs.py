@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import synthetic
 from scipy import stats
 from synthetic import MS, S, synthetic_run, with_delay, with_facts, with_outcome
 
@@ -57,8 +58,12 @@ def mixed(run: RunData) -> RunData:
 
 def killed(run: RunData) -> RunData:
     """What is there after the process was killed half-way."""
-    half = slice(run.planned // 2, None)
-    return with_facts(with_outcome(run, half, Outcome.NOT_ISSUED), {"state": "running"})
+    return synthetic.killed(run, int(run.scheduled_ns[run.planned // 2]))
+
+
+def interrupted(run: RunData) -> RunData:
+    """An interrupt half-way, after queries of every ending; some are shed from before."""
+    return synthetic.interrupted(mixed(run), int(run.scheduled_ns[run.planned // 2]))
 
 
 def slow(run: RunData) -> RunData:
@@ -88,6 +93,7 @@ def half_shed(run: RunData) -> RunData:
         pytest.param(mixed, 3, id="every ending, three workers"),
         pytest.param(killed, 2, id="killed"),
         pytest.param(half_shed, 2, id="half of it shed"),
+        pytest.param(interrupted, 3, id="interrupted"),
         pytest.param(slow, 1, id="beyond 32 bits of ns"),
         pytest.param(disordered, 2, id="due times out of order"),
     ],
@@ -112,6 +118,15 @@ def test_a_run_read_in_pieces_is_judged_as_one_in_memory(
     whole, pieces = directories
     for name in ("run.json", HLOG, HGRM):
         assert (whole / name).read_bytes() == (pieces / name).read_bytes(), name
+    stop_ns = int(run.scheduled_ns.max())
+    if run.facts["state"] != "complete":
+        stamps = (run.issued_ns, run.completed_ns)
+        stop_ns = run.facts["workers"][0]["stats"]["stopped_ns"] if change is interrupted else max(map(np.max, stamps))
+    failed = int(((run.outcome != Outcome.OK) & ((run.scheduled_ns <= stop_ns) | (run.issued_ns >= 0))).sum())
+    document = json.loads((whole / "run.json").read_text())
+    assert document["response_time"]["infinite"] == failed == sum(error["count"] for error in document["errors"])
+    for name in (HLOG, HGRM):
+        assert f"over every bound: {failed}]" in (whole / name).read_text()
 
 
 def test_judging_takes_memory_for_latencies_and_one_more_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

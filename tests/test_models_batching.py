@@ -21,7 +21,7 @@ def run_delay(tmp_path: Path, *settings: str) -> dict[str, Any]:
     options = [f"--set={setting}" for setting in (*SHORT, *settings)]
     done = command("run", "delay-triton-http", "--out", "run", "--json", *options, cwd=tmp_path, timeout_s=100)
     document: dict[str, Any] = json.loads(done.stdout)
-    assert_books_balance(document)
+    assert_books_balance(document, tmp_path / "run")
     return document
 
 

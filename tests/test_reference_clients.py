@@ -223,7 +223,7 @@ class RawHttpPeer(HttpPeer):
 @pytest.mark.parametrize(
     ("reply", "outcome", "words"),
     [
-        pytest.param(Answer("drop", b""), Outcome.STALE, "closed the idle connection", id="closed as it was reused"),
+        pytest.param(Answer("drop", b""), Outcome.RESET, "before any reply", id="closed while it was served"),
         pytest.param(Answer("drop", OK[:10]), Outcome.RESET, "inside the reply", id="cut in the status line"),
         pytest.param(Answer("drop", OK[:30]), Outcome.RESET, "inside the reply", id="cut in the headers"),
         pytest.param(Answer("drop", OK[:-1]), Outcome.RESET, "inside the reply", id="cut in the body"),

@@ -41,7 +41,7 @@ def test_same_counts_same_replies_and_no_slower(tmp_path: Path, server: tuple[st
             data["output_check"]["replies"] = 360
             document, records = run(data, tmp_path / f"{transport}-{attempt}")
             assert (records.outcome == Outcome.OK).all(), document["errors"]
-            assert_books_balance(document)
+            assert_books_balance(document, tmp_path / f"{transport}-{attempt}")
             assert document["output_check"]["checked"] == 360
             assert document["output_check"]["wrong"] == 0, "every kept reply equals the golden outputs"
             runs.append({"document": document, "records": records})

@@ -177,13 +177,13 @@ def test_a_full_disk_while_writing_parquet_loses_nothing(tmp_path: Path, method:
     before = names(directory.path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pq.ParquetWriter, method, no_space)
-        with pytest.raises(RunError, match="No space left on device; the records so far are kept") as caught:
+        with pytest.raises(RunError, match="No space left on device; judge what is in the columns") as caught:
             directory.finish(FACTS_COMPLETE)
         patch.undo()
-    assert str(caught.value).startswith(f"{directory.path}: ")
+    assert str(caught.value).startswith(f"{directory.path / QUERIES}: cannot be written: ")
     assert names(directory.path) == before
     data = read_run(directory.path)
-    assert data.facts == FACTS_RUNNING
+    assert data.facts == FACTS_COMPLETE, "it has been measured to its end"
     assert_holds(data, table)
     directory.finish(FACTS_COMPLETE)  # once there is room again
     assert_holds(read_run(directory.path), table)
@@ -194,12 +194,41 @@ def test_a_full_disk_while_writing_the_final_facts_loses_nothing(tmp_path: Path)
     directory = record(tmp_path / "run", table, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json, "dump", no_space)
-        with pytest.raises(RunError, match="No space left"):
+        with pytest.raises(RunError, match=r"/run/facts\.json: cannot be written: No space left on device$"):
             directory.finish(FACTS_COMPLETE)
     assert {"columns-0.bin", "columns-1.bin"} < names(directory.path)
     data = read_run(directory.path)
     assert data.facts == FACTS_RUNNING, "it does not look complete"
     assert_holds(data, table)
+
+
+@pytest.mark.parametrize("write", ["write_json", "write_profile"])
+def test_a_full_disk_is_our_own_error_at_any_file(tmp_path: Path, write: str) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    arguments = ("environment.json", {}) if write == "write_json" else ({"name": "x"},)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", no_space)
+        with pytest.raises(RunError, match=r"/run/\w+\.(json|yaml): cannot be written: No space left on device$"):
+            getattr(directory, write)(*arguments)
+    assert names(directory.path) == {"server"}
+
+
+def test_files_of_use_to_a_run_that_goes_on_make_room_before_anything_is_written(tmp_path: Path) -> None:
+    table = truth(10, 2)
+    directory = record(tmp_path / "run", table, 2)
+    for name in ("warmup-0.bin", "warmup-1.bin", "replies-1.npz"):
+        (directory.path / name).write_bytes(bytes(100))
+    seen: list[set[str]] = []
+
+    def look(*arguments: Any, **options: Any) -> None:
+        seen.append(names(directory.path))
+        no_space()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rundir, "write_json", look)
+        with pytest.raises(RunError):
+            directory.finish(FACTS_COMPLETE)
+    assert seen == [{FACTS, "columns-0.bin", "columns-1.bin", "server"}]
 
 
 def test_a_directory_killed_before_its_columns_went_is_read_from_parquet(tmp_path: Path) -> None:
@@ -306,6 +335,59 @@ def test_a_directory_in_use_is_not_taken(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="cannot be used for the run directory: File exists"):
         RunDirectory.create(tmp_path / "precious")
     assert names(tmp_path) == {"precious"}
+
+
+def test_a_directory_that_another_run_has_just_taken_is_not_taken(tmp_path: Path) -> None:
+    """The other one has written nothing yet: it still talks to its server."""
+    first = RunDirectory.create(tmp_path / "run")
+    with pytest.raises(ProfileError, match="run: another run is going on there"):
+        RunDirectory.create(tmp_path / "run")
+    first.unlock()
+    RunDirectory.create(tmp_path / "run").unlock()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_discarded_directory_is_as_it_was(tmp_path: Path, there: bool) -> None:
+    path = tmp_path / "run"
+    if there:
+        path.mkdir()
+        path.chmod(0o750)
+    directory = RunDirectory.create(path)
+    directory.write_profile({"name": "x"})
+    (path / "server" / "stub.log").touch()
+    directory.discard()
+    assert path.exists() == there
+    assert not there or (names(path), path.stat().st_mode & 0o777) == (set(), 0o750)
+
+
+def test_a_log_that_was_left_is_replaced_by_the_next_try(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    directory = RunDirectory.create(path)
+    directory.write_profile({"name": "x"})
+    (path / "server" / "stub.log").write_text("no")
+    (path / "server" / "config.pbtxt").write_text("x")
+    directory.discard()
+    directory.unlock()
+    assert names(path) == {"server"} and names(path / "server") == {"stub.log"}
+    RunDirectory.create(path).unlock()
+    assert names(path) == {"server"} and names(path / "server") == set()
+
+
+@pytest.mark.parametrize("other", ["server/notes.txt", "server/deep/stub.log", "stub.log", "facts.json"])
+def test_what_is_more_than_such_a_log_is_not_overwritten(tmp_path: Path, other: str) -> None:
+    for name in ("server/stub.log", other):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(ProfileError, match="is not empty; choose another directory, nothing was overwritten"):
+        RunDirectory.create(tmp_path)
+    assert [(tmp_path / name).read_text() for name in ("server/stub.log", other)] == ["precious"] * 2
+
+
+def test_logs_of_somebody_else_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "access.log").write_text("precious")
+    with pytest.raises(ProfileError, match="is not empty"):
+        RunDirectory.create(tmp_path)
+    assert names(tmp_path) == {"access.log"}
 
 
 @pytest.mark.parametrize("binary", [False, True])

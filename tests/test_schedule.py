@@ -322,10 +322,13 @@ def test_warmup_too_large_is_refused() -> None:
         warmup_offsets_ns(Load(target_qps=1e7, warmup_s=3600))
 
 
-def test_a_million_arrivals_take_well_under_a_second() -> None:
-    started = time.perf_counter()
-    _schedule(min_query_count=1_000_000)
-    assert time.perf_counter() - started < 1.0
+def test_a_million_arrivals_take_less_than_300_ms() -> None:
+    taken_s = []
+    for _ in range(5):  # the best one, because a busy machine says nothing about the schedule
+        started = time.perf_counter()
+        _schedule(min_query_count=1_000_000)
+        taken_s.append(time.perf_counter() - started)
+    assert min(taken_s) < 0.3
 
 
 @pytest.mark.parametrize("arrivals", ARRIVALS)

@@ -54,7 +54,7 @@ def test_a_triton_that_goes_away_mid_run(tmp_path: Path, framing: str, number: s
         server.stop()
     assert stopped
     assert document["verdict"] == "FAIL", document["trust"]["reasons"]
-    assert_books_balance(document)
+    assert_books_balance(document, tmp_path / "run")
     assert document["counts"]["ok"] > 50
     kinds = {error["kind"] for error in document["errors"]}
     assert "connect" in kinds, "most of the rest was refused"
@@ -85,7 +85,7 @@ def test_a_full_job_queue_is_an_error_status(
     data["endpoint"]["bearer_token_env"] = "TORCHSERVE_TOKEN"
     data["constraints"] = ["p99 <= 5s", "errors < 1%"]
     document, _ = run(data, tmp_path / "run")
-    assert_books_balance(document)
+    assert_books_balance(document, tmp_path / "run")
     refused = [error for error in document["errors"] if error["kind"] == "status"]
     assert refused, document["errors"]
     assert all(error["detail"].startswith(words) for error in refused)

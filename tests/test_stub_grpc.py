@@ -340,28 +340,42 @@ def test_a_full_queue_is_unavailable(start, infer_on):
 # The queue, as its stamps tell it.
 
 
-def test_departures_are_the_queues_to_50_microseconds(start, infer_on):
+def test_departures_are_the_queues_to_20_microseconds(start, connect):
+    # The best median of a few: how late a busy machine lets the stub run is not the stub's.
+    assert any(median_lateness_us(start, connect) <= 20 for _ in range(3))
+
+
+def median_lateness_us(start: Start, connect: Callable[..., RawClient]) -> float:
+    """How late a new stub's 300 replies depart; every stamp is held against the queue's arithmetic.
+
+    The client only writes while the queue is at work: it must not take the stub's CPU.
+    """
     service = Service(kind="exponential", mean_ms=1.5, seed=42)
     server = start(service=service)
-    infer = infer_on(server)
-    infer(REQUEST)  # grpcio connects with its first call
-    calls, sent_ns = [], []
-    for gap_s in np.random.default_rng(3).exponential(0.004, 300).tolist():
+    client = connect(server)
+    calls = [b"".join(frame.serialize() for frame in call_frames(2 * index + 1)) for index in range(300)]
+    sent_ns = []
+    for call, gap_s in zip(calls, np.random.default_rng(3).exponential(0.004, 300).tolist(), strict=True):
         time.sleep(gap_s)
         sent_ns.append(now_ns())
-        calls.append(infer.future(REQUEST))
-    assert all(call.code() == grpc.StatusCode.OK for call in calls)
+        client.send(call)
+    ends = 0
+    while ends < 300:
+        last = client.read_until(frames.HeadersFrame)[-1]
+        if "END_STREAM" in last.flags:
+            assert fields_of(last) == {"grpc-status": "0"}
+            ends += 1
     seen = stamps(server)
-    assert (seen["arrival_ns"][1:] >= sent_ns).all()
-    np.testing.assert_array_equal(seen["service_ns"], service_times_ns(service, 301))
+    assert (seen["arrival_ns"] >= sent_ns).all()
+    np.testing.assert_array_equal(seen["service_ns"], service_times_ns(service, 300))
 
     departure_ns = 0  # Lindley's recursion, written out
-    for index in range(301):
+    for index in range(300):
         departure_ns = max(int(seen["arrival_ns"][index]), departure_ns) + int(seen["service_ns"][index])
         assert seen["due_ns"][index] == departure_ns
     late_us = (seen["departure_ns"] - seen["due_ns"]) / 1e3
     assert late_us.min() >= 0
-    assert np.median(late_us) <= 50
+    return float(np.median(late_us))
 
 
 def test_the_reply_is_on_the_wire_when_its_stamp_says_so(start, connect):

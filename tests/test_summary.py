@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import MS, S, synthetic_run, with_delay, with_facts, with_outcome
+from synthetic import MS, S, interrupted, killed, synthetic_run, with_delay, with_facts, with_outcome
 
-from servebench.judge.summary import Distribution, count_outcomes, percentile_index, quantile_of, summarize
+from servebench.judge.summary import Distribution, percentile_index, quantile_of, summarize
 from servebench.record.outcome import ERROR_OUTCOMES, Outcome
 from servebench.record.rundata import RunData
 
@@ -117,7 +117,7 @@ def test_everything_but_ok_is_infinite_in_response_and_service_time() -> None:
     summary = summarize(run)
     assert summary.response.count == summary.service.count == run.planned
     assert summary.response.infinite_count == summary.service.infinite_count == failed
-    assert summary.delay.count == run.planned - 2  # SHED and NOT_ISSUED never left
+    assert (summary.delay.count, summary.delay.infinite_count) == (run.planned, 2)  # SHED and NOT_ISSUED never left
     assert summary.response.max_ns == 5 * MS
 
 
@@ -126,7 +126,8 @@ def test_a_failed_query_without_an_issue_time_has_no_delay() -> None:
     issued_ns = run.issued_ns.copy()
     issued_ns[3] = -1
     summary = summarize(replace(run, issued_ns=issued_ns))
-    assert (summary.counts.issued, summary.counts.error, summary.delay.count) == (100, 1, 99)
+    assert (summary.counts.issued, summary.counts.error) == (100, 1)
+    assert (summary.delay.count, summary.delay.infinite_count) == (100, 1)
 
 
 # --- counts --------------------------------------------------------------------------------
@@ -141,18 +142,99 @@ def test_the_books() -> None:
     run = with_outcome(run, slice(40, 44), Outcome.UNFINISHED)
     run = with_outcome(run, slice(50, 55), Outcome.OUTSTANDING)
     run = with_outcome(run, slice(60, 66), Outcome.NOT_ISSUED)
-    counts = count_outcomes(run)
+    counts = summarize(run).counts
     assert (counts.planned, counts.error, counts.timeout, counts.shed, counts.unfinished) == (200, 7, 2, 3 + 6, 4 + 5)
     assert counts.ok == 200 - 7 - 2 - 9 - 9
     assert counts.issued == 200 - 9
-    assert counts.balanced
+    assert counts.not_due == 0
 
 
-def test_an_unknown_outcome_breaks_the_books() -> None:
-    run = constant_run(10)
-    outcome = run.outcome.copy()
-    outcome[0] = 99
-    assert not count_outcomes(replace(run, outcome=outcome)).balanced
+# --- runs that did not come to their end ---------------------------------------------------
+
+
+def test_what_was_not_due_when_a_run_was_interrupted_is_in_nothing_but_the_books() -> None:
+    """Due every 10 ms, interrupted at 505 ms, with three errors and one query shed by a cap before."""
+    run = with_outcome(with_outcome(constant_run(101), [3, 4, 5], Outcome.STATUS), [50], Outcome.SHED)
+    summary = summarize(interrupted(run, 505 * MS))
+    counts = summary.counts
+    assert (counts.planned, counts.not_due, counts.due) == (101, 50, 51)
+    assert (counts.issued, counts.ok, counts.error, counts.shed) == (50, 47, 3, 1)
+    for series in (summary.response, summary.service):
+        assert (series.count, series.infinite_count, series.percentile(50)) == (51, 4, series.at(25))
+    assert (summary.delay.count, summary.delay.infinite_count) == (51, 1)
+    assert summary.last_shed_ns == 500 * MS
+    assert summary.last_scheduled_ns == 1_000 * MS
+    assert summary.commonest_failure == "status"
+
+
+def test_what_a_late_client_had_not_sent_when_it_was_interrupted_was_due_all_the_same() -> None:
+    run = with_outcome(interrupted(constant_run(101), 505 * MS), slice(41, 101), Outcome.SHED)
+    counts = summarize(run).counts
+    assert (counts.issued, counts.shed, counts.not_due) == (41, 10, 50)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_was_stopped_when_its_records_end(workers: int) -> None:
+    run = killed(
+        synthetic_run(queries=101, target_qps=100, arrivals="constant", response_ns=35 * MS, workers=workers), 505 * MS
+    )
+    last_ns = max(int(run.issued_ns.max()), int(run.completed_ns.max()))
+    assert 500 * MS < last_ns <= 505 * MS
+    counts = summarize(run).counts
+    assert (counts.not_due, counts.shed, counts.unfinished, counts.ok) == (50, 0, 3, 48)
+
+
+def test_a_killed_run_that_had_held_queries_back_owes_them() -> None:
+    """Nothing was sent from 300 ms on, and a reply at 405 ms is the last that is known."""
+    run = killed(constant_run(101), 299 * MS)
+    completed_ns = run.completed_ns.copy()
+    completed_ns[29] = 405 * MS
+    counts = summarize(replace(run, completed_ns=completed_ns)).counts
+    assert (counts.shed, counts.not_due) == (11, 60)  # due at 300, 310, ..., 400 ms
+
+
+def test_replies_after_an_interrupt_do_not_make_more_queries_due() -> None:
+    """An interrupted run whose workers were then killed: one reply came 300 ms after the last query was sent."""
+    run = with_facts(killed(constant_run(101), 505 * MS), {"state": "interrupted"})
+    completed_ns = run.completed_ns.copy()
+    completed_ns[10] = 800 * MS
+    assert summarize(replace(run, completed_ns=completed_ns)).counts.not_due == 50
+
+
+def test_where_one_worker_is_lost_and_another_went_on_all_was_due() -> None:
+    run = with_outcome(synthetic_run(queries=100, workers=2), slice(51, 100, 2), Outcome.NOT_ISSUED)
+    run = with_facts(run, {"state": "failed", "workers.1.state": "lost", "workers.1.stats": None})
+    counts = summarize(run).counts
+    assert (counts.ok, counts.shed, counts.not_due) == (75, 25, 0)
+
+
+def test_one_interrupt_that_comes_too_late_changes_nothing() -> None:
+    run = interrupted(with_outcome(constant_run(101), [100], Outcome.SHED), 2 * S)
+    assert (summarize(run).counts.shed, summarize(run).counts.not_due) == (1, 0)
+
+
+def test_workers_that_heard_of_an_interrupt_one_after_the_other_owe_nothing_after_the_first() -> None:
+    run = interrupted(synthetic_run(queries=100, target_qps=100, arrivals="constant", workers=2), 500 * MS)
+    run = with_facts(run, {"workers.0.stats.stopped_ns": 520 * MS})
+    assert (summarize(run).counts.shed, summarize(run).counts.not_due) == (0, 49)
+
+
+def test_what_was_sent_after_another_worker_had_stopped_was_due() -> None:
+    """Of those due at 510 and 520 ms the second is the slower worker's, and has its reply."""
+    run = synthetic_run(queries=100, target_qps=100, arrivals="constant", workers=2)
+    stopped = with_outcome(run, [51, *range(53, 100)], Outcome.SHED)
+    stopped = with_facts(interrupted(stopped, 2 * S), {"workers.1.stats.stopped_ns": 500 * MS})
+    counts = summarize(stopped).counts
+    assert (counts.ok, counts.shed, counts.not_due) == (52, 0, 48)
+
+
+def test_rates_of_an_interrupted_run_know_nothing_of_what_was_not_due() -> None:
+    """50 of the 51 queries that were due at 0, 10, ..., 500 ms were sent, each 1 ms late; 40 had their reply in 20 ms."""
+    run = with_outcome(with_delay(constant_run(101, response_ms=20), slice(None), MS), slice(0, 10), Outcome.STATUS)
+    summary = summarize(interrupted(with_outcome(run, [30], Outcome.SHED), 505 * MS))
+    assert summary.issued_qps == pytest.approx(49 / 0.501)
+    done_ns = int(run.completed_ns[50])
+    assert summary.completed_qps == summary.goodput_qps(S) == pytest.approx(39 / (done_ns / S))
 
 
 # --- rates ---------------------------------------------------------------------------------
@@ -198,7 +280,7 @@ def test_a_last_query_that_failed_fast_does_not_shorten_the_run() -> None:
 
 
 def test_an_interrupted_run_is_rated_over_the_time_it_ran() -> None:
-    run = with_facts(with_outcome(constant_run(101), slice(51, 101), Outcome.SHED), {"state": "interrupted"})
+    run = interrupted(constant_run(101), 505 * MS)
     assert summarize(run).completed_qps == pytest.approx(50 / 0.505)
 
 

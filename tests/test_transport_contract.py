@@ -7,6 +7,7 @@ Two servers, one per protocol (`peers`), and a script for the fake. Each transpo
 import asyncio
 import contextlib
 import gc
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -386,6 +387,28 @@ def test_queries_that_were_never_sent_are_given_back(kit: Kit) -> None:
                 rows = [row_of(payload) for payload in scene.peer.payloads]
                 # grpcio learns of the three cancellations one by one, and fills each place with the next in line.
                 assert rows == [0, 3] or (kit.peer is GrpcPeer and kit.library and rows == sorted({0, *rows, 3}))
+
+    run(test())
+
+
+@pytest.mark.parametrize("name", ["http", "grpc"])
+def test_a_query_that_waits_takes_little_memory(name: str) -> None:
+    """A client far behind holds millions: not more of it than of their records on disk, which is 64 bytes a query."""
+
+    async def test() -> None:
+        kit, waiting = KITS[name], 20_000
+        async with playing(kit, lambda payload: Answer("never"), capacity=1) as scene:
+            scene.issue(0)
+            await scene.arrived(1)
+            request = kit.encode(payload_of(1))
+            tracemalloc.start()
+            try:
+                for row in range(1000, 1000 + waiting):
+                    scene.transport.issue(row, request)
+                assert tracemalloc.get_traced_memory()[0] < 64 * waiting
+            finally:
+                tracemalloc.stop()
+            assert scene.transport.abandon_waiting() == list(range(1000, 1000 + waiting))
 
     run(test())
 

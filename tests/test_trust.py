@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic import MS, S, synthetic_run, with_delay, with_facts, with_outcome, with_stall
+from synthetic import MS, S, killed, synthetic_run, with_delay, with_facts, with_outcome, with_stall
 
 from servebench.judge import judge
 from servebench.record.outcome import Outcome
@@ -169,19 +169,89 @@ def test_records_that_contradict_themselves(column: str, value: int) -> None:
     assert "books" in reasons
 
 
+@pytest.mark.parametrize(
+    ("counter", "change", "text"),
+    [
+        pytest.param("ended", 400, "worker 1 counted 2,400 queries ended, and has records of 2,000", id="ended twice"),
+        pytest.param("ended", -1, "worker 1 counted 1,999 queries ended, and has records of 2,000", id="an end not counted"),
+        pytest.param("ok", 1, "worker 1 counted 1,991 queries ok, and has records of 1,990", id="ok too many"),
+        pytest.param("ok", -1, "worker 1 counted 1,989 queries ok, and has records of 1,990", id="ok too few"),
+        pytest.param("begun", -3, "worker 1 counted 1,997 queries begun, and has records of 2,000", id="begun too few"),
+    ],
+)
+def test_what_a_worker_counted_is_compared_with_its_records(counter: str, change: int, text: str) -> None:
+    """Every tenth query that ends twice is 200 ends too many: the rows alone would not show it."""
+    run = with_outcome(synthetic_run(workers=2), slice(1, 21, 2), Outcome.RESET)
+    run = with_outcome(run, [23, 25], Outcome.OUTPUT)  # found wrong after the run: the worker counted them ok
+    assert "books" not in trust_of(run)[1]
+    counted = run.facts["workers"][1]["stats"]["counted"]
+    verdict, reasons = trust_of(with_facts(run, {f"workers.1.stats.counted.{counter}": counted[counter] + change}))
+    assert verdict == "INVALID"
+    assert reasons["books"]["text"] == f"the books do not balance: {text}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "text"),
+    [
+        pytest.param("reset", 11, "11 queries told of as reset, but there are records of 10", id="one too many"),
+        pytest.param("reset", 9, "9 queries told of as reset, but there are records of 10", id="one too few"),
+        pytest.param("nonsense", 10, "0 queries told of as reset, but there are records of 10", id="a kind there is not"),
+    ],
+)
+def test_the_failures_told_of_are_those_in_the_records(kind: str, count: int, text: str) -> None:
+    run = with_outcome(CLEAN, slice(0, 10), Outcome.RESET)
+    verdict, reasons = trust_of(
+        with_facts(run, {"errors": [{"kind": kind, "detail": "Connection reset by peer", "count": count, "example": 0}]})
+    )
+    assert (verdict, list(reasons)) == ("INVALID", ["books"])
+    assert reasons["books"]["text"] == f"the books do not balance: {text}"
+
+
+def test_a_lost_worker_may_have_told_less_but_not_more() -> None:
+    run = with_outcome(synthetic_run(workers=2), slice(0, 10), Outcome.RESET)
+    lost = {"state": "failed", "workers.1.state": "lost", "workers.1.stats": None}
+    error = {"kind": "reset", "detail": "", "count": 5, "example": 0}
+    assert trust_of(with_facts(run, lost | {"errors": [error]}))[1].keys() == {"failed", "worker_lost"}
+    assert "books" in trust_of(with_facts(run, lost | {"errors": [error | {"count": 11}]}))[1]
+
+
+@pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome > Outcome.OUTSTANDING])
+def test_only_what_never_had_a_connection_was_never_sent(outcome: Outcome) -> None:
+    run = with_outcome(CLEAN, [2_000], outcome)
+    issued_ns = run.issued_ns.copy()
+    issued_ns[2_000] = -1
+    may_be = outcome in (Outcome.SHED, Outcome.CONNECT, Outcome.CLIENT)
+    assert ("books" in trust_of(replace(run, issued_ns=issued_ns))[1]) is not may_be
+
+
+def test_an_outcome_that_does_not_exist_is_found_without_a_workers_statistics() -> None:
+    outcome = CLEAN.outcome.copy()
+    outcome[2_000] = max(Outcome) + 1
+    silent = with_facts(replace(CLEAN, outcome=outcome), {"workers.0.stats": None})
+    assert trust_of(silent)[1].keys() == {"books"}
+
+
+def test_an_interrupted_run_whose_worker_was_cut_has_no_broken_books() -> None:
+    run = with_facts(killed(CLEAN, 10 * S), {"state": "interrupted", "workers.0.state": "cut", "errors": []})
+    assert trust_of(run)[1].keys() == {"interrupted", "output_check"}
+
+
 def test_issued_before_it_was_due() -> None:
     verdict, reasons = trust_of(with_delay(CLEAN, [2_000], -2 * MS))
     assert (verdict, list(reasons)) == ("INVALID", ["books"])
 
 
 def test_a_killed_run_is_counted_as_far_as_it_came() -> None:
-    run = with_outcome(with_outcome(CLEAN, slice(3_000, 4_000), Outcome.NOT_ISSUED), slice(2_990, 3_000), Outcome.OUTSTANDING)
-    run = with_facts(run, {"state": "running", "workers.0.state": "lost", "workers.0.stats": None, "clocks.end": None})
+    at_ns = int(CLEAN.completed_ns[2_990])
+    run = killed(CLEAN, at_ns)
+    due, issued = int((run.scheduled_ns <= at_ns).sum()), int((run.issued_ns >= 0).sum())
     document = judge(run)
     assert (document["state"], document["verdict"]) == ("failed", "INVALID")
-    assert (document["counts"]["shed"], document["counts"]["unfinished"]) == (1_000, 10)
+    counts = document["counts"]
+    assert (counts["issued"], counts["shed"], counts["not_due"]) == (issued, due - issued, 4_000 - due)
+    assert counts["unfinished"] == (run.outcome == Outcome.OUTSTANDING).sum()
     codes = {reason["code"] for reason in document["trust"]["reasons"]}
-    assert codes == {"failed", "worker_lost"}
+    assert codes == {"failed", "output_check"}, "nobody was left to say how the workers ended"
 
 
 # --- outcomes ------------------------------------------------------------------------------
@@ -207,7 +277,32 @@ def test_shed_queries_are_named_with_their_cap() -> None:
     run = with_outcome(synthetic_run(client={"max_outstanding": 5}), slice(1_000, 1_200), Outcome.SHED)
     verdict, reasons = trust_of(run)
     assert (verdict, list(reasons)) == ("DEGRADED", ["shed"])
-    assert "client.max_outstanding = 5" in reasons["shed"]["text"]
+    assert reasons["shed"]["text"] == (
+        "200 of 4,000 queries (5%) were never sent: 200 x as made up (client.max_outstanding = 5 a worker); "
+        "they count as over every bound"
+    )
+
+
+def test_all_reasons_for_shedding_are_named_with_their_counts() -> None:
+    errors = [
+        {"kind": "shed", "detail": "the client could not issue it before the run's end", "count": 1_872, "example": 1_000},
+        {"kind": "status", "detail": "HTTP 500", "count": 7, "example": 1},
+        {"kind": "shed", "detail": "no connection came free", "count": 128, "example": 2_872},
+    ]
+    run = with_facts(with_outcome(CLEAN, slice(1_000, 3_000), Outcome.SHED), {"errors": errors})
+    assert trust_of(run)[1]["shed"]["text"] == (
+        "2,000 of 4,000 queries (50%) were never sent: 1,872 x the client could not issue it before the run's end, "
+        "128 x no connection came free; they count as over every bound"
+    )
+
+
+def test_a_worker_without_an_exit_status_has_none_named() -> None:
+    lost = {"workers.0.state": "lost", "workers.0.exit": -9}
+    killed, unknown = (
+        trust_of(with_facts(CLEAN, lost | more))[1]["worker_lost"]["text"] for more in ({}, {"workers.0.exit": None})
+    )
+    assert killed == "worker process 0 ended before its books were closed (exit status -9)"
+    assert unknown == "worker process 0 ended before its books were closed"
 
 
 def test_queries_never_sent_without_a_cap_are_load_that_was_not_there() -> None:
@@ -307,6 +402,8 @@ def test_a_slow_service_forgives_more() -> None:
 
 
 def test_a_delay_of_the_whole_bound_is_invalid() -> None:
+    text = trust_of(noisy_run([50]))[1]["lateness"]["text"]
+    assert text.startswith("1 query issued up to 50.0 ms late, no less than the bound of 'p99 <= 50ms': ")
     assert trust_of(noisy_run([50]))[0] == "INVALID"
     assert trust_of(noisy_run([49]))[0] == "VALID"
 
@@ -364,6 +461,8 @@ def test_a_target_beyond_the_client_is_invalid() -> None:
     verdict, reasons = trust_of(run)
     assert verdict == "INVALID"
     text = reasons["achieved_rate"]["text"]
+    window_ns = run.scheduled_ns[-1]
+    assert text.endswith(f"/s in the {window_ns / 1e6:.0f} ms of the schedule")
     assert text.startswith("the client could issue only 3")  # some 30 000/s in the 0.2 s, and what the grace allows
     assert reasons["achieved_rate"]["measured"] == pytest.approx(0.3, abs=0.03)
     assert "client.workers" in reasons["achieved_rate"]["remedy"]

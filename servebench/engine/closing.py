@@ -7,6 +7,7 @@ from typing import Any
 from servebench.engine.dialect import split_reply
 from servebench.engine.fleet import WorkerEnd
 from servebench.engine.preparation import Preparation
+from servebench.engine.redaction import Redaction
 from servebench.record.columns import Columns
 from servebench.record.outcome import Outcome
 from servebench.wire.faults import ProtocolFault
@@ -14,8 +15,8 @@ from servebench.wire.http1 import parse_reply
 from servebench.wire.kserve import error_text
 
 
-def merge_errors(ends: list[WorkerEnd], workers: int) -> list[dict[str, Any]]:
-    """All workers' errors by kind and detail, most frequent first; ``example`` is a query number."""
+def merge_errors(ends: list[WorkerEnd], workers: int, redacted: Redaction) -> list[dict[str, Any]]:
+    """All workers' errors by kind and detail, most frequent first, no secret in them; ``example`` is a query number."""
     merged: dict[tuple[str, str], dict[str, Any]] = {}
     for end in ends:
         for error in end.errors:
@@ -26,7 +27,7 @@ def merge_errors(ends: list[WorkerEnd], workers: int) -> list[dict[str, Any]]:
                 (error["kind"], error["detail"]),
                 {
                     "kind": error["kind"],
-                    "detail": detail,
+                    "detail": redacted(detail),
                     "count": 0,
                     "example": error["example_row"] * workers + end.worker,
                 },
@@ -45,7 +46,11 @@ def server_words(reply: bytes) -> str:
 
 
 def check_outputs(
-    preparation: Preparation, kept: dict[int, bytes], columns: list[Columns], errors: list[dict[str, Any]]
+    preparation: Preparation,
+    kept: dict[int, bytes],
+    columns: list[Columns],
+    errors: list[dict[str, Any]],
+    redacted: Redaction,
 ) -> dict[str, Any]:
     """Check the kept replies of ok queries; a wrong one's record becomes OUTPUT, and an error."""
     workers = len(columns)
@@ -63,7 +68,7 @@ def check_outputs(
             problem = str(fault)
         if problem is not None:
             one.array("outcome")[row] = Outcome.OUTPUT
-            wrong.append((query, problem))
+            wrong.append((query, redacted(problem)))
     if wrong:
         query, detail = wrong[0]
         errors.append({"kind": Outcome.OUTPUT.kind, "detail": detail, "count": len(wrong), "example": query})

@@ -47,6 +47,8 @@ def launched(launcher: Launcher, model: str, options: BaseModel | None, folder: 
             server = launcher.launch(model, options, work)
         except ProfileError as error:
             raise ProfileError(f"server.options.{error}") from None
+        except OSError as error:
+            raise LaunchError(f"{launcher.name}: cannot be started in {work}: {error.strerror or error}") from None
         yield server
     except LaunchError as error:
         if server is not None:

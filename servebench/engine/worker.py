@@ -10,13 +10,14 @@ The coordinator talks to it in JSON lines over stdin and stdout:
                 <- done    books closed, statistics
     stop     ->            at any time: shed what is left, drain, close the books
 
-When stdin ends the coordinator is gone, and the worker leaves at once. Measurements never
+When stdin ends the coordinator is gone, and the worker leaves at once; killed, it takes the worker with it. Measurements never
 travel here; they are in the columns (see `servebench.record.columns`), and stay there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import json
 import os
@@ -38,7 +39,7 @@ from servebench.engine.requests import open_requests
 from servebench.engine.stalls import StallMonitor, cpu_wait_ns
 from servebench.errors import ServebenchError, TransportError
 from servebench.record.columns import Columns, HeaderSlot
-from servebench.record.outcome import Outcome
+from servebench.record.outcome import INTERRUPTED, Outcome
 from servebench.record.recorder import Recorder
 from servebench.record.replies import write_replies
 from servebench.transport.factory import TransportSettings, make_transport
@@ -46,6 +47,7 @@ from servebench.transport.factory import TransportSettings, make_transport
 _ROWS_AT_ONCE = 1 << 18
 RELEASED_ROWS = 1 << 14
 _RELEASE_PERIOD_S = 0.1
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Worker:
         self._columns = Columns.open(Path(settings.columns), writable=True)
         self._transport = make_transport(settings.transport, Recorder(self._warmup))
         self._issuer: Issuer | None = None
-        self._stopped = False
+        self._stopped_ns: int | None = None  #: when it was told to stop
 
     async def prepare(self) -> dict[str, Any]:
         """Open connections and still the garbage collector: nothing is collected from here on."""
@@ -104,7 +106,7 @@ class Worker:
         after, wall_ns = resource.getrusage(resource.RUSAGE_SELF), now_ns() - wall_ns
         waited_now_ns = cpu_wait_ns()
         self._columns.header[HeaderSlot.FINAL] = 1
-        write_replies(Path(self._settings.replies), recorder.replies)
+        _leave_replies(Path(self._settings.replies), recorder.replies)
         stats = {
             "wall_s": wall_ns / 1e9,
             "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
@@ -114,6 +116,12 @@ class Worker:
             "max_rss_bytes": after.ru_maxrss * 1024,
             "gc_collections": _collections() - collections,
             "pacing": self._settings.pacing,
+            "counted": {
+                "begun": self._columns.header[HeaderSlot.CURSOR],
+                "ended": self._columns.header[HeaderSlot.ENDED],
+                "ok": self._columns.header[HeaderSlot.OK],
+            },
+            "stopped_ns": None if self._stopped_ns is None else self._stopped_ns - start_ns,
             "stall_count": stalls.count,
             "stalls": [{"at_ns": at - start_ns, "duration_ns": duration} for at, duration in stalls.longest()],
             **asdict(self._transport.stats),
@@ -122,9 +130,9 @@ class Worker:
 
     def stop(self) -> None:
         """Issue nothing more; what is out is still awaited."""
-        self._stopped = True
+        self._stopped_ns = self._stopped_ns or now_ns()
         if self._issuer is not None:
-            self._issuer.stop("the run was interrupted")
+            self._issuer.stop(INTERRUPTED)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -153,7 +161,7 @@ class Worker:
         trail = Trail(recorder, issuer)
         self._issuer = issuer
         issuer.start()
-        if self._stopped:
+        if self._stopped_ns is not None:
             self.stop()
         last_due_ns = int(scheduled_ns[-1]) if columns.rows else start_ns
         end_ns = last_due_ns + settings.drain_timeout_ns
@@ -221,6 +229,15 @@ def _error_rows(recorder: Recorder) -> list[dict[str, Any]]:
     ]
 
 
+def _leave_replies(path: Path, replies: dict[int, bytes]) -> None:
+    """What a full disk costs is the output check, and trust says that nothing was checked."""
+    try:
+        write_replies(path, replies)
+    except OSError as error:
+        sys.stderr.write(f"servebench: warning: replies cannot be kept for the output check: {error.strerror or error}\n")
+        path.unlink(missing_ok=True)
+
+
 def _tell(message: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
@@ -272,9 +289,16 @@ def _give_up(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     os._exit(1)
 
 
+def _die_with_the_coordinator() -> None:
+    """A launched server dies with it too: queries that saw that would be recorded as the server's errors."""
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError("prctl(PR_SET_PDEATHSIG) failed")
+
+
 def main() -> int:
     """Entry point of ``python -m servebench.engine.worker``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator decides what an interrupt means
+    _die_with_the_coordinator()
     try:
         return uvloop.run(_serve())
     except (ServebenchError, OSError) as error:

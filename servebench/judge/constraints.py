@@ -27,12 +27,13 @@ from typing import Any, Literal
 from servebench.constraint import Constraint
 from servebench.judge.early_stopping import is_enough, max_over_latency, min_queries
 from servebench.judge.summary import Summary, quantile_of
-from servebench.judge.wording import say_rate, say_share, say_time
+from servebench.judge.wording import Unit, say_measured, say_queries, say_rate, say_time
+from servebench.record.outcome import Outcome
 
 Result = Literal["PASS", "FAIL", "INCONCLUSIVE"]
-Unit = Literal["ns", "share", "qps"]
 
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_NEVER_SENT = (Outcome.SHED.kind, Outcome.NOT_ISSUED.kind)
 _UNITS: dict[str, Unit] = {"errors": "share", "completed": "share", "within": "share", "goodput": "qps"}
 
 
@@ -87,10 +88,10 @@ def evaluate(constraint: Constraint, summary: Summary) -> Judgement:
 def _observe_share(constraint: Constraint, summary: Summary) -> _Share:
     bound, compare = constraint.bound, _COMPARE[constraint.op]
     if constraint.kind in ("errors", "completed"):
-        planned, failed = summary.counts.planned, summary.counts.planned - summary.counts.ok
-        share = (failed if constraint.kind == "errors" else planned - failed) / max(planned, 1)
+        due, failed = summary.counts.due, summary.counts.due - summary.counts.ok
+        share = (failed if constraint.kind == "errors" else due - failed) / max(due, 1)
         quantile = _complement(bound) if constraint.kind == "errors" else bound
-        return _Share(share, None, planned, failed, quantile, compare(share, bound))
+        return _Share(share, None, due, failed, quantile, compare(share, bound))
     series = summary.series(constraint.series)
     queries, over = series.count, series.over(limit_ns(constraint))
     if constraint.kind == "within":
@@ -104,24 +105,28 @@ def _observe_share(constraint: Constraint, summary: Summary) -> _Share:
 
 def _judge_share(constraint: Constraint, share: _Share, summary: Summary) -> Judgement:
     sampled = 0 < share.quantile < 1
-    broke = "failed" if constraint.kind in ("errors", "completed") else "were over the bound"
-    facts = f"{_say(constraint, share.measured, share.above)}; {share.over} of {share.queries} queries {broke}"
+    broke = _failed(constraint, summary) if constraint.kind in ("errors", "completed") else "were over the bound"
+    facts = _say(constraint, share.measured, share.above, summary)
+    if share.measured is not None or share.over > _without_value(constraint, summary):  # else it is said
+        facts += f"; {share.over:,} of {say_queries(share.queries)} {broke}"
     if not share.kept:
-        reason = f"{constraint.text} fails: {facts}; {_remedy(constraint, by_failures=share.above is not None)}."
+        reason = (
+            f"{constraint.text} fails: {facts}; {_remedy(constraint, summary, share.over, no_value=share.measured is None)}."
+        )
         return _judgement(constraint, share.measured, "FAIL", share.queries, share.over, reason, above=share.above)
     if sampled and not is_enough(share.queries, share.over, share.quantile):
         needed = min_queries(share.over, share.quantile) - share.queries
         rate = summary.scheduled_qps or summary.target_qps
         seconds = needed / rate if rate else None
-        time = f" ({math.ceil(seconds)} s at {say_rate(rate)})" if seconds and rate else ""
+        time = f" ({math.ceil(seconds):,} s at {say_rate(rate)})" if seconds and rate else ""
         reason = (
-            f"{constraint.text} is undecided: {facts}, too few queries to promise it with 99 % confidence; "
-            f"run at least {needed} more{time}."
+            f"{constraint.text} is undecided: {facts}, too few queries to promise it with 99% confidence; "
+            f"run at least {needed:,} more{time}."
         )
         return _judgement(
             constraint, share.measured, "INCONCLUSIVE", share.queries, share.over, reason, needed=needed, seconds=seconds
         )
-    allowed = f", up to {max_over_latency(share.queries, share.quantile)} are allowed at 99 % confidence" if sampled else ""
+    allowed = f", up to {max_over_latency(share.queries, share.quantile):,} are allowed at 99% confidence" if sampled else ""
     reason = f"{constraint.text} holds: {facts}{allowed}."
     return _judgement(constraint, share.measured, "PASS", share.queries, share.over, reason)
 
@@ -132,32 +137,35 @@ def _judge_extreme(constraint: Constraint, summary: Summary) -> Judgement:
     known = series.mean_ns if constraint.kind == "mean" else series.max_ns
     measured, above = (None, known) if series.infinite_count else (known, None)
     kept = measured is not None and _COMPARE[constraint.op](measured, constraint.bound)
-    facts = f"{_say(constraint, measured, above)} over {series.count} queries"
+    facts = f"{_say(constraint, measured, above, summary)} over {say_queries(series.count)}"
     if kept:
         reason = f"{constraint.text} holds: {facts}."
     elif series.infinite_count:
         reason = (
-            f"{constraint.text} fails: {series.infinite_count} of {series.count} queries have no latency, so the "
+            f"{constraint.text} fails: {series.infinite_count:,} of {say_queries(series.count)} have no latency, so the "
             f"{constraint.kind} is infinite; see errors, or promise a percentile and a share of errors instead."
         )
     else:
-        reason = f"{constraint.text} fails: {facts}; {_remedy(constraint)}."
+        reason = f"{constraint.text} fails: {facts}; {_remedy(constraint, summary, 0)}."
     return _judgement(constraint, measured, "PASS" if kept else "FAIL", series.count, None, reason, above=above)
 
 
 def _judge_goodput(constraint: Constraint, summary: Summary) -> Judgement:
-    limit, planned, offered = limit_ns(constraint), summary.counts.planned, summary.scheduled_qps
+    limit, due, offered = limit_ns(constraint), summary.counts.due, summary.scheduled_qps
     over = summary.response.over(limit)
     measured = summary.goodput_qps(limit)
     kept = measured is not None and _COMPARE[constraint.op](measured, constraint.bound)
-    facts = f"{_say(constraint, measured, None)}; {over} of {planned} queries failed or were slower than that"
+    facts = (
+        f"{_say(constraint, measured, None, summary)}; {over:,} of {say_queries(due)} {_failed(constraint, summary)} "
+        f"or took longer than {say_time(limit)}"
+    )
     if kept:
         reason = f"{constraint.text} holds: {facts}."
     elif offered is not None and not _COMPARE[constraint.op](offered, constraint.bound):
         reason = f"{constraint.text} fails: {facts}; only {say_rate(offered)} were offered, raise load.target_qps."
     else:
-        reason = f"{constraint.text} fails: {facts}; {_remedy(constraint)}."
-    return _judgement(constraint, measured, "PASS" if kept else "FAIL", planned, over, reason)
+        reason = f"{constraint.text} fails: {facts}; {_remedy(constraint, summary, over)}."
+    return _judgement(constraint, measured, "PASS" if kept else "FAIL", due, over, reason)
 
 
 def _judgement(
@@ -182,17 +190,37 @@ def _complement(share: float) -> float:
     return float(1 - Decimal(repr(share)))
 
 
-def _say(constraint: Constraint, measured: float | None, above: float | None) -> str:
-    if measured is None:
-        return f"measured over {say_time(above)}, infinite by failures" if above is not None else "nothing was measured"
-    unit = _UNITS.get(constraint.kind, "ns")
-    say = {"ns": say_time, "share": say_share, "qps": say_rate}[unit]
-    return f"measured {say(measured)}"
+def _say(constraint: Constraint, measured: float | None, above: float | None, summary: Summary) -> str:
+    if measured is not None:
+        return f"measured {say_measured(measured, _UNITS.get(constraint.kind, 'ns'), constraint.bound)}"
+    if above is None:
+        return "nothing was measured"
+    known = f" (over {say_time(above)})" if above else ""
+    failed = f"{_without_value(constraint, summary):,} of {say_queries(summary.counts.due)} {_failed(constraint, summary)}"
+    return f"no value{known}, because {failed}"
 
 
-def _remedy(constraint: Constraint, *, by_failures: bool = False) -> str:
-    if by_failures or constraint.kind in ("errors", "completed"):
-        return "see errors for what went wrong, or lower load.target_qps"
+def _without_value(constraint: Constraint, summary: Summary) -> int:
+    """Queries over every bound: those that were not OK; of the issue delay, those that were never sent."""
+    return summary.series(constraint.series).infinite_count
+
+
+def _failed(constraint: Constraint, summary: Summary) -> str:
     if constraint.series == "delay":
-        return "the client was late: give it more cores or client.workers"
+        return "were never sent"
+    return "failed or were never sent" if summary.counts.shed else "failed"
+
+
+def _remedy(constraint: Constraint, summary: Summary, over: int, *, no_value: bool = False) -> str:
+    """What to do when ``over`` queries broke the promise: whether failures did it, or slowness."""
+    without_value = _without_value(constraint, summary)
+    mostly_without = without_value and (no_value or 2 * without_value >= over)
+    if constraint.series == "delay":
+        late = "the client was late: give it more cores or client.workers"
+        return "see errors for the reason" if mostly_without else late
+    if mostly_without:
+        if summary.commonest_failure in _NEVER_SENT:
+            return "most of those were never sent, see errors for the reason"
+        mend = f"mend what failed first (mostly {summary.commonest_failure}, see errors)"
+        return f"{mend}, or lower load.target_qps if the server was overloaded"
     return "lower load.target_qps, or make the server faster"

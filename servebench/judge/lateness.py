@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from servebench.judge.evidence import Evidence, LatencyPromise, Reason, Severity
-from servebench.judge.wording import say_rate, say_share, say_time
+from servebench.judge.wording import say_queries, say_rate, say_share, say_time
 from servebench.record.outcome import Outcome
 from servebench.record.rundata import Run
 
@@ -180,13 +180,13 @@ def _delays_of_a_bound(evidence: Evidence, lateness: Lateness) -> list[Reason]:
         return []
     blame = lateness.later_than(promise.bound_ns - 1)
     late, worst_ns = sum(astuple(blame)), lateness.worst_ns
-    text = f"{late} queries were issued up to {say_time(worst_ns)} late, no less than the bound of {promise.text!r}"
+    text = f"{say_queries(late)} issued up to {say_time(worst_ns)} late, no less than the bound of {promise.text!r}"
     return _charge(blame, 0, "INVALID", text, worst_ns, promise.bound_ns)
 
 
 def _late_shares(evidence: Evidence, lateness: Lateness) -> list[Reason]:
     reasons: list[Reason] = []
-    issued = evidence.summary.delay.count
+    issued = evidence.summary.delay.known_count
     for promise in evidence.promises:
         if not promise.budget:
             continue
@@ -194,8 +194,8 @@ def _late_shares(evidence: Evidence, lateness: Lateness) -> list[Reason]:
         blame = lateness.later_than(late_ns)
         late = sum(astuple(blame))
         text = (
-            f"{late} of {issued} queries ({say_share(late / max(issued, 1))}) were issued over {say_time(late_ns)} late, "
-            f"where {promise.text!r} lets {say_share(promise.budget)} of them be over the bound"
+            f"{late:,} of {say_queries(issued)} ({say_share(late / max(issued, 1))}) were issued over {say_time(late_ns)} "
+            f"late, where {promise.text!r} lets {say_share(promise.budget)} of them be over the bound"
         )
         for severity, part in LATE_PARTS_OF_BUDGET.items():
             if late > ACCIDENTS:
@@ -205,7 +205,9 @@ def _late_shares(evidence: Evidence, lateness: Lateness) -> list[Reason]:
         count = sum(astuple(decisive))
         if count > ACCIDENTS:
             share = DECISIVE_PART_OF_BUDGET * promise.budget
-            text = f"{count} of {issued} queries are over the bound of {promise.text!r} only because they were issued late"
+            text = (
+                f"{count:,} of {say_queries(issued)} are over the bound of {promise.text!r} only because they were issued late"
+            )
             reasons += _charge(decisive, share * issued, "INVALID", text, count / issued, share)
     return reasons
 
@@ -219,13 +221,13 @@ def _late_against_service_ns(evidence: Evidence) -> int:
 
 
 def _late_against_service(evidence: Evidence, lateness: Lateness) -> list[Reason]:
-    median_ns, issued = evidence.summary.service.percentile(50), evidence.summary.delay.count
+    median_ns, issued = evidence.summary.service.percentile(50), evidence.summary.delay.known_count
     late_ns = _late_against_service_ns(evidence)
     blame = lateness.later_than(late_ns)
     late = sum(astuple(blame))
     if late <= ACCIDENTS:
         return []
-    text = f"{late} of {issued} queries ({say_share(late / issued)}) were issued over {say_time(late_ns)} late"
+    text = f"{late:,} of {say_queries(issued)} ({say_share(late / issued)}) were issued over {say_time(late_ns)} late"
     if median_ns is not None:
         text += f", where the median service time is {say_time(median_ns)}"
     return _charge(blame, DEGRADED_LATE_SHARE * issued, "DEGRADED", text, late / issued, DEGRADED_LATE_SHARE)
@@ -235,11 +237,11 @@ def _charge(blame: Blame, allowed: float, severity: Severity, text: str, measure
     """The finding under the name of whoever held back more queries than allowed; opening connections only degrades."""
     if blame.loop + blame.cap > allowed:
         if blame.cap > blame.loop:
-            text += f": {blame.cap} of them waited under client.max_connections"
+            text += f": {blame.cap:,} of them waited under client.max_connections"
             return [Reason("connection_cap", severity, text, _MORE_CONNECTIONS, measured, bound)]
         return [Reason("lateness", severity, f"{text}: the client's event loop was late", _MORE_CLIENT, measured, bound)]
     if blame.opening > allowed:
-        text += f": {blame.opening} of them waited for a connection to open"
+        text += f": {blame.opening:,} of them waited for a connection to open"
         return [Reason("connection_opening", "DEGRADED", text, _WARMER, measured, bound)]
     return []
 
@@ -266,7 +268,7 @@ def _cap_waits(evidence: Evidence) -> list[Reason]:
             continue
         share = waits / issued
         mean_ns = evidence.worker_total(f"{prefix}_wait_ns") / waits
-        text = f"{waits} queries ({say_share(share)}) waited for {place}, for {say_time(mean_ns)} on average"
+        text = f"{say_queries(waits)} ({say_share(share)}) waited for {place}, for {say_time(mean_ns)} on average"
         if share > INVALID_CAP_SHARE:
             text += ": the loop was not open any more"
             reasons.append(Reason(code, "INVALID", text, remedy, share, INVALID_CAP_SHARE))
@@ -287,7 +289,10 @@ def _achieved_rate(evidence: Evidence, lateness: Lateness) -> list[Reason]:
     seconds, share = window_ns / 1e9, achieved / planned
     severity: Severity = "INVALID" if share < INVALID_ACHIEVED else "DEGRADED"
     blame = lateness.due_too_late()
-    text = f"the client could issue only {say_rate(achieved / seconds)} of {say_rate(planned / seconds)}"
+    text = (
+        f"the client could issue only {say_rate(achieved / seconds)} of {say_rate(planned / seconds)} "
+        f"in the {say_time(window_ns)} of the schedule"
+    )
     remedy = "use more client.workers or a lower rate"
     if blame.opening > blame.loop + blame.cap:
         severity, text, remedy = "DEGRADED", f"{text}: connections were too slow to open", _WARMER

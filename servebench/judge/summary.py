@@ -2,11 +2,14 @@
 
 Who is counted where:
 
+- A query is *due* when its time came before the run stopped (`stopped_ns`): in a complete run
+  all that were planned are. What was not due is counted as such, and judged by nothing.
 - *Response time* (completed - scheduled) and *service time* (completed - issued) are taken
-  over all planned queries. One that failed, timed out, was shed or did not finish has an
-  infinite latency: it stays in the percentiles and is over every bound. Minimum, mean and
+  over all queries that were due. One that failed, timed out, was shed or did not finish has
+  an infinite latency: it stays in the percentiles and is over every bound. Minimum, mean and
   maximum are of the OK queries, the only ones with a latency.
-- *Issue delay* (issued - scheduled) is taken over the queries that were issued.
+- *Issue delay* (issued - scheduled) is taken over the same queries, and infinite for those
+  that were never sent.
 - A percentile is LoadGen's ``sorted[int(n * p)]``: no interpolation, n counts the infinite
   ones. Where it falls on an infinite latency its value is None, and `Distribution.above_ns`
   gives the lower bound that is known.
@@ -30,6 +33,7 @@ from servebench.record.outcome import ERROR_OUTCOMES, Outcome
 from servebench.record.rundata import Run
 
 Int64s = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 #: Latencies in ns, of any integer dtype that holds them.
 Latencies = npt.NDArray[np.integer[Any]]
 
@@ -37,7 +41,7 @@ Latencies = npt.NDArray[np.integer[Any]]
 PERCENTILES = (50.0, 90.0, 95.0, 97.0, 99.0, 99.9, 99.99)
 _SUM_CHUNK = 1 << 16  # latencies of up to a day add up to less than 2**63
 _UINT32_MAX = (1 << 32) - 1
-_NO_OUTCOMES = np.empty(0, dtype=np.uint8)
+_NO_OUTCOMES: Bytes = np.empty(0, dtype=np.uint8)
 
 
 def quantile_of(percentile: float) -> float:
@@ -75,6 +79,11 @@ class Distribution:
     def infinite_count(self) -> int:
         """Queries without a latency: over every bound."""
         return len(self._infinite_ns)
+
+    @property
+    def known_count(self) -> int:
+        """Queries with a latency."""
+        return len(self._known_ns)
 
     @property
     def min_ns(self) -> int | None:
@@ -136,7 +145,7 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The books: planned = issued + shed, issued = ok + error + timeout + unfinished."""
+    """The books: planned = issued + shed + not due, issued = ok + error + timeout + unfinished."""
 
     planned: int
     issued: int
@@ -145,30 +154,56 @@ class Counts:
     timeout: int
     shed: int
     unfinished: int
+    not_due: int
 
     @property
-    def balanced(self) -> bool:
-        """Whether every planned query ended in exactly one of the ways there are."""
-        ended = self.ok + self.error + self.timeout + self.unfinished
-        return self.planned == self.issued + self.shed and self.issued == ended
+    def due(self) -> int:
+        """What all shares are of: the planned queries whose time came before the run stopped."""
+        return self.planned - self.not_due
 
 
-def count_outcomes(run: Run) -> Counts:
-    """The books of a run. After a killed process, what was due and never sent is shed, what was out is unfinished."""
-    return _books(sum((_tally(outcome) for (outcome,) in run.chunks("outcome")), start=_tally(_NO_OUTCOMES)))
+def stopped_ns(run: Run) -> int | None:
+    """When a run stopped that did not come to its end, in ns from t=0; None where all that was planned was due.
+
+    A worker that was told to stop says when. Of workers that are gone, the records tell what they did last; those that were
+    interrupted first did not issue any more while they waited for replies.
+    """
+    state = run.facts.get("state")
+    if state == "complete":
+        return None
+    stats = [worker.get("stats") or {} for worker in run.workers]
+    told = [one["stopped_ns"] for one in stats if "stopped_ns" in one]
+    if told:  # one that was not stopped went on to the end of the schedule
+        return min((at_ns for at_ns in told if at_ns is not None), default=None)
+    stamps = ("issued_ns",) if state == "interrupted" else ("issued_ns", "completed_ns")
+    return max((int(times.max(initial=-1)) for chunk in run.chunks(*stamps) for times in chunk), default=-1)
 
 
-def _tally(outcome: npt.NDArray[np.uint8]) -> Int64s:
+def was_due(outcome: Bytes, scheduled_ns: Int64s, stop_ns: int | None) -> npt.NDArray[np.bool_]:
+    """Which queries of a run that stopped at ``stop_ns`` were due: those whose time had come, or that were sent."""
+    if stop_ns is None:
+        return np.ones(len(outcome), dtype=np.bool_)
+    due: npt.NDArray[np.bool_] = (scheduled_ns <= stop_ns) | ((outcome != Outcome.NOT_ISSUED) & (outcome != Outcome.SHED))
+    return due
+
+
+def _tally(outcome: Bytes) -> Int64s:
     return np.bincount(outcome, minlength=256)
 
 
-def _books(counts: Int64s) -> Counts:
+def _books(counts: Int64s, not_due: int) -> Counts:
     tally = counts.tolist()
     ok, timeout = tally[Outcome.OK], tally[Outcome.TIMEOUT]
     error = sum(tally[outcome] for outcome in ERROR_OUTCOMES)
     unfinished = tally[Outcome.UNFINISHED] + tally[Outcome.OUTSTANDING]
     shed = tally[Outcome.SHED] + tally[Outcome.NOT_ISSUED]
-    return Counts(sum(tally), ok + error + timeout + unfinished, ok, error, timeout, shed, unfinished)
+    return Counts(sum(tally) + not_due, ok + error + timeout + unfinished, ok, error, timeout, shed, unfinished, not_due)
+
+
+def _commonest_failure(counts: Int64s) -> str | None:
+    failures = {outcome: int(counts[outcome]) for outcome in Outcome if outcome != Outcome.OK}
+    commonest = max(failures, key=failures.__getitem__)
+    return commonest.kind if failures[commonest] else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +211,12 @@ class Summary:
     """Counts, distributions and windows of one run; durations are ns from t=0."""
 
     counts: Counts
+    commonest_failure: str | None  #: the kind of outcome that most queries without a latency had; None when there are none
     response: Distribution
     service: Distribution
     delay: Distribution
     target_qps: float | None
+    stopped_ns: int | None  #: see `stopped_ns`
     last_scheduled_ns: int  #: when the last planned query was due
     last_due_ns: int | None  #: when the last of the issued queries was due
     last_shed_ns: int | None  #: when the last of the shed queries was due
@@ -198,7 +235,7 @@ class Summary:
     @property
     def issued_qps(self) -> float | None:
         """(issued - 1) / last issue time, from t=0 like the scheduled rate, so that the two compare."""
-        return _rate(self.delay.count, self.last_issued_ns)
+        return _rate(self.delay.known_count, self.last_issued_ns)
 
     @property
     def completed_qps(self) -> float | None:
@@ -207,7 +244,7 @@ class Summary:
 
     def goodput_qps(self, limit_ns: int) -> float | None:
         """(OK and no slower than ``limit_ns`` - 1) / `completed_window_ns`: equals the completed rate when all are good."""
-        return _rate(self.counts.planned - self.response.over(limit_ns), self.completed_window_ns)
+        return _rate(self.counts.due - self.response.over(limit_ns), self.completed_window_ns)
 
     def series(self, name: str) -> Distribution:
         """``response``, ``service`` or ``delay``."""
@@ -221,17 +258,13 @@ class _Series:
         self._known, self._infinite = _Store(rows), _Store(rows)
 
     def add(self, end_ns: Int64s, start_ns: Int64s, ok: npt.NDArray[np.bool_]) -> None:
-        """Rows with their ends and beginnings, -1 where there was none; those not ``ok`` have an infinite latency."""
+        """Rows with their ends and beginnings, -1 where there was none; those not ``ok`` have an infinite value."""
         self._known.add(end_ns[ok] - start_ns[ok])
         failed = ~ok
         if failed.any():
             ended_ns, began_ns = end_ns[failed], start_ns[failed]
             known_age_ns = np.where((ended_ns >= 0) & (began_ns >= 0), ended_ns - began_ns, 0)
             self._infinite.add(np.maximum(known_age_ns, 0))
-
-    def add_known(self, values_ns: Int64s) -> None:
-        """Rows that all have a latency."""
-        self._known.add(values_ns)
 
     def distribution(self) -> Distribution:
         return Distribution(self._known.values(), self._infinite.values())
@@ -259,16 +292,20 @@ class _Store:
 def summarize(run: Run) -> Summary:
     """Counts, distributions and windows of a run."""
     response, service, delay = _Series(run.planned), _Series(run.planned), _Series(run.planned)
-    tally = _tally(_NO_OUTCOMES)
+    tally, stop_ns = _tally(_NO_OUTCOMES), stopped_ns(run)
     last_scheduled_ns = last_due_ns = last_shed_ns = last_issued_ns = last_ended_ns = last_reply_ns = -1
     last_was_ok = False
-    for outcome, scheduled_ns, issued_ns, completed_ns in run.chunks("outcome", "scheduled_ns", "issued_ns", "completed_ns"):
+    for rows in run.chunks("outcome", "scheduled_ns", "issued_ns", "completed_ns"):
+        last_scheduled_ns = max(last_scheduled_ns, int(rows[1].max()))
+        due = was_due(rows[0], rows[1], stop_ns)
+        outcome, scheduled_ns, issued_ns, completed_ns = rows if due.all() else (column[due] for column in rows)
+        if not len(outcome):
+            continue
         ok, issued = outcome == Outcome.OK, issued_ns >= 0
         tally += _tally(outcome)
         response.add(completed_ns, scheduled_ns, ok)
         service.add(completed_ns, issued_ns, ok)
-        delay.add_known(issued_ns[issued] - scheduled_ns[issued])
-        last_scheduled_ns = max(last_scheduled_ns, int(scheduled_ns.max()))
+        delay.add(issued_ns, scheduled_ns, issued)
         last_due_ns = max(last_due_ns, int(scheduled_ns.max(where=issued, initial=-1)))
         last_shed_ns = max(last_shed_ns, int(scheduled_ns.max(where=outcome == Outcome.SHED, initial=-1)))
         last_ended_ns = max(last_ended_ns, int(completed_ns.max()))
@@ -282,11 +319,13 @@ def summarize(run: Run) -> Summary:
         if run.facts.get("state") == "complete":
             window_ns = max(window_ns, last_scheduled_ns)
     return Summary(
-        counts=_books(tally),
+        counts=_books(tally, run.planned - int(tally.sum())),
+        commonest_failure=_commonest_failure(tally),
         response=response.distribution(),
         service=service.distribution(),
         delay=delay.distribution(),
         target_qps=run.section("schedule").get("target_qps"),
+        stopped_ns=stop_ns,
         last_scheduled_ns=max(last_scheduled_ns, 0),
         last_due_ns=last_due_ns if last_issued_ns >= 0 else None,
         last_shed_ns=last_shed_ns if last_shed_ns >= 0 else None,

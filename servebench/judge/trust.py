@@ -10,6 +10,7 @@ are in `servebench.judge.lateness`.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,10 +18,10 @@ import numpy as np
 
 from servebench.judge.evidence import Evidence, Reason, Severity
 from servebench.judge.lateness import LATE_FLOOR_NS, lateness_reasons, longest_stalls
-from servebench.judge.wording import say_share, say_time
+from servebench.judge.wording import say_queries, say_share, say_time
 from servebench.record.histogram import HIGHEST_TRACKABLE_NS
 from servebench.record.outcome import Outcome
-from servebench.record.rundata import Array
+from servebench.record.rundata import Array, Run
 
 Trust = Literal["VALID", "DEGRADED", "INVALID"]
 
@@ -70,13 +71,16 @@ def _state(evidence: Evidence) -> list[Reason]:
     if state == "complete":
         return []
     if facts.get("state") == "running":
-        why = "its process was killed"
-    verb = "was interrupted" if state == "interrupted" else "failed"
-    return [Reason(state, "INVALID", f"the run {verb} before its end{f': {why}' if why else ''}", _RERUN)]
+        why = "it ended before it closed its books: killed, or its disk was full"
+    if state == "interrupted":
+        return [Reason(state, "INVALID", "the run was interrupted before its end", _RERUN)]
+    return [Reason(state, "INVALID", f"the run failed before its end{f': {why}' if why else ''}", _RERUN)]
 
 
 def _workers(evidence: Evidence) -> list[Reason]:
     run = evidence.run
+    if run.facts.get("state") == "running":
+        return []  # nobody was left to say how the workers ended
     workers, wanted = run.workers, evidence.client("workers")
     interrupted = run_state(run.facts) == "interrupted"
     lost = [
@@ -86,7 +90,7 @@ def _workers(evidence: Evidence) -> list[Reason]:
         Reason(
             "worker_lost",
             "INVALID",
-            f"worker process {worker['worker']} ended before its books were closed (exit status {worker.get('exit')})",
+            f"worker process {worker['worker']} ended before its books were closed{_exit_status(worker)}",
             "look for an out-of-memory kill or a crash, and run again",
         )
         for worker in lost
@@ -97,26 +101,74 @@ def _workers(evidence: Evidence) -> list[Reason]:
     return reasons
 
 
+def _exit_status(worker: dict[str, Any]) -> str:
+    status = worker.get("exit")
+    return "" if status is None else f" (exit status {status})"
+
+
 def _books(evidence: Evidence) -> list[Reason]:
-    run, counts = evidence.run, evidence.summary.counts
+    run = evidence.run
     problems = []
     planned = run.section("schedule").get("planned")
     if planned is not None and planned != run.planned:
-        problems.append(f"{planned} queries were planned, but there are records of {run.planned}")
+        problems.append(f"{say_queries(planned)} planned, but there are records of {run.planned:,}")
     shares = sum(worker.get("rows") or 0 for worker in run.workers)
     if run.workers and shares != run.planned:
-        problems.append(f"the workers' shares add up to {shares} of {run.planned} queries")
-    if not counts.balanced:
-        problems.append("planned = issued + shed or issued = ok + error + timeout + unfinished does not hold")
+        problems.append(f"the workers' shares add up to {shares:,} of {say_queries(run.planned)}")
+    tallies = {int(worker["worker"]): np.zeros(256, dtype=np.int64) for worker in run.workers}
     open_ended = contradictions = 0
-    for rows in run.chunks("outcome", "scheduled_ns", "issued_ns", "first_byte_ns", "completed_ns"):
+    for numbers, *rows in run.chunks("worker", "outcome", "scheduled_ns", "issued_ns", "first_byte_ns", "completed_ns"):
+        for number in tallies:
+            tallies[number] += np.bincount(rows[0][numbers == number], minlength=256)
         open_ended += int(np.count_nonzero(rows[0] <= Outcome.OUTSTANDING))
         contradictions += int(np.count_nonzero(_contradictory(*rows)))
-    if open_ended and run_state(run.facts) != "failed":
-        problems.append(f"{open_ended} queries have no end although the run has one")
+    problems += _miscounted(run, tallies) + _mistold(run, sum(tallies.values(), start=np.zeros(256, dtype=np.int64)))
+    if open_ended and run_state(run.facts) != "failed" and _all_done(run):
+        problems.append(f"{say_queries(open_ended)} without an end, although the run has one")
     if contradictions:
-        problems.append(f"{contradictions} queries have times that contradict their outcome or each other")
+        problems.append(f"{say_queries(contradictions)} with times that contradict their outcome or each other")
     return [Reason("books", "INVALID", f"the books do not balance: {problem}", _OWN_FAULT) for problem in problems]
+
+
+def _miscounted(run: Run, tallies: dict[int, Array]) -> list[str]:
+    """Where what a worker counted as it went differs from the rows that it left."""
+    problems = []
+    for worker in run.workers:
+        counted, tally = (worker.get("stats") or {}).get("counted"), tallies[int(worker["worker"])]
+        if counted is None:
+            continue
+        begun = int(tally.sum() - tally[Outcome.NOT_ISSUED])
+        recorded = {
+            "begun": begun,  # issued or shed
+            "ended": begun - int(tally[Outcome.OUTSTANDING]),
+            "ok": int(tally[Outcome.OK] + tally[Outcome.OUTPUT]),  # wrong outputs are found after the run
+        }
+        problems += [
+            f"worker {worker['worker']} counted {say_queries(counted[name])} {name}, and has records of {recorded[name]:,}"
+            for name in recorded
+            if counted[name] != recorded[name]
+        ]
+    return problems
+
+
+def _mistold(run: Run, tally: Array) -> list[str]:
+    """Where the failures that the workers told of are not those in their rows; a worker that was lost told of none."""
+    if run.facts.get("errors") is None or not run.workers:
+        return []
+    told = Counter[str]()
+    for error in run.facts["errors"]:
+        told[error["kind"]] += error["count"]
+    recorded = {outcome.kind: int(tally[outcome]) for outcome in Outcome if outcome > Outcome.OUTSTANDING}
+    del recorded[Outcome.OK.kind]
+    return [
+        f"{say_queries(told[kind])} told of as {kind}, but there are records of {recorded.get(kind, 0):,}"
+        for kind in sorted({*told, *recorded})
+        if told[kind] > recorded.get(kind, 0) or (told[kind] != recorded.get(kind, 0) and _all_done(run))
+    ]
+
+
+def _all_done(run: Run) -> bool:
+    return all(worker.get("state") == "done" for worker in run.workers)
 
 
 def _contradictory(outcome: Array, scheduled_ns: Array, issued_ns: Array, first_byte_ns: Array, completed_ns: Array) -> Array:
@@ -124,7 +176,10 @@ def _contradictory(outcome: Array, scheduled_ns: Array, issued_ns: Array, first_
     disordered = (first_byte_ns < issued_ns) | (completed_ns < first_byte_ns)
     early = sent & (issued_ns < scheduled_ns - LATE_FLOOR_NS)
     never_sent = (outcome == Outcome.SHED) | (outcome == Outcome.NOT_ISSUED)
-    contradictory: Array = (ok & (~sent | disordered)) | early | (never_sent & sent)
+    # Where no connection could be opened, there was nothing to send on.
+    unconnected = (outcome == Outcome.CONNECT) | (outcome == Outcome.CLIENT)
+    unheard_of = outcome > max(Outcome)
+    contradictory: Array = (ok & disordered) | early | (sent & never_sent) | ~(sent | never_sent | unconnected) | unheard_of
     return contradictory
 
 
@@ -151,7 +206,7 @@ def _arrival_process(evidence: Evidence) -> list[Reason]:
     opening_waits = evidence.worker_total("connection_waits") - sum(
         evidence.worker_total(name) for name in ("cap_waits", "stream_waits")
     )
-    displaced = (checks.issued_ks_distance or 0) * evidence.summary.delay.count
+    displaced = (checks.issued_ks_distance or 0) * evidence.summary.delay.known_count
     if displaced > opening_waits:  # fewer can be put down to a server that was slow to accept; see `lateness`
         reasons += [
             Reason(
@@ -171,12 +226,12 @@ def _shed(evidence: Evidence) -> list[Reason]:
     if not counts.shed or run_state(evidence.run.facts) != "complete":
         return []
     share = counts.shed / counts.planned
-    errors = evidence.run.facts.get("errors") or []
-    known = next((error["detail"] for error in errors if error.get("kind") == Outcome.SHED.kind), "no reason was recorded")
-    why = f"client.max_outstanding = {cap} queries a worker were out" if cap is not None else known
-    text = (
-        f"{counts.shed} of {counts.planned} queries ({say_share(share)}) were never sent: {why}; they count as over every bound"
-    )
+    errors = [error for error in evidence.run.facts.get("errors") or [] if error.get("kind") == Outcome.SHED.kind]
+    why = ", ".join(f"{error['count']:,} x {error['detail']}" for error in errors) or "no reason was recorded"
+    if cap is not None:
+        why += f" (client.max_outstanding = {cap} a worker)"
+    never = f"{counts.shed:,} of {say_queries(counts.planned)} ({say_share(share)}) were never sent"
+    text = f"{never}: {why}; they count as over every bound"
     remedy = "raise client.max_outstanding, leave it out, or lower the rate" if cap is not None else "lower the rate"
     return [Reason("shed", "DEGRADED", text, remedy, share, 0)]
 
@@ -187,7 +242,7 @@ def _own_host(evidence: Evidence) -> list[Reason]:
         return []
     errors = evidence.run.facts.get("errors") or []
     detail = next((f" ({error['detail']})" for error in errors if error.get("kind") == Outcome.CLIENT.kind), "")
-    text = f"{count} queries failed because this host ran out of file descriptors, ports or memory{detail}"
+    text = f"{say_queries(count)} failed because this host ran out of file descriptors, ports or memory{detail}"
     return [
         Reason(
             "own_host", "INVALID", text, "raise ulimit -n or widen net.ipv4.ip_local_port_range, or lower the rate", count, 0
@@ -200,7 +255,7 @@ def _histogram_overflow(evidence: Evidence) -> list[Reason]:
     count = response.over(HIGHEST_TRACKABLE_NS) - response.infinite_count
     if not count:
         return []
-    text = f"{count} response times are over {say_time(HIGHEST_TRACKABLE_NS)}, where latency.hgrm and latency.hlog end"
+    text = f"{count:,} response times are over {say_time(HIGHEST_TRACKABLE_NS)}, where latency.hgrm and latency.hlog end"
     return [Reason("histogram_overflow", "DEGRADED", text, "read percentiles from run.json, which has them exactly", count, 0)]
 
 
@@ -241,17 +296,17 @@ def _output_check(evidence: Evidence) -> list[Reason]:
     if wrong:
         first = check.get("first_wrong") or {}
         example = f"; query {first.get('query')}: {first.get('detail')}" if first else ""
-        text = f"{wrong} of {checked} checked replies are wrong{example}"
+        text = f"{wrong:,} of {checked:,} checked replies are wrong{example}"
         remedy = "mend the model or the server before measuring its speed"
         return [Reason("output_check", "INVALID", text, remedy, wrong, 0)]
     if asked and not checked and evidence.summary.counts.ok:
-        text = f"no reply was checked, although {evidence.summary.counts.ok} were received"
+        text = f"no reply was checked, although {evidence.summary.counts.ok:,} were received"
         return [
             Reason(
                 "output_check",
                 "DEGRADED",
                 text,
-                "run again; fast replies may be empty ones",
+                "make room on the disk if it was full, and run again; fast replies may be empty ones",
                 0,
                 min(asked, evidence.summary.counts.ok),
             )
@@ -267,7 +322,7 @@ def _host_cpu(evidence: Evidence) -> list[Reason]:
         text = f"the hypervisor gave {say_share(steal)} of this machine's CPU time to others"
         reasons.append(Reason("cpu_steal", "DEGRADED", text, "measure on a quieter or a dedicated machine", steal, STEAL_SHARE))
     if throttled:
-        text = f"this container was throttled {throttled} times for using up its CPU quota"
+        text = f"this container was throttled {throttled:,} times for using up its CPU quota"
         reasons.append(Reason("cpu_throttled", "DEGRADED", text, "raise the container's CPU limit", throttled, 0))
     return reasons
 

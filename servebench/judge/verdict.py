@@ -21,14 +21,19 @@ from servebench.judge.arrivals import check_issue, check_plan
 from servebench.judge.constraints import Judgement, evaluate, limit_ns
 from servebench.judge.early_stopping import CONFIDENCE, estimate_index, is_enough, max_over_latency, min_queries
 from servebench.judge.evidence import Evidence
-from servebench.judge.summary import PERCENTILES, Summary, quantile_of, summarize
+from servebench.judge.summary import PERCENTILES, Summary, quantile_of, summarize, was_due
 from servebench.judge.trust import judge_trust, run_state
-from servebench.record.outcome import Outcome
+from servebench.record.outcome import INTERRUPTED, Outcome
 from servebench.record.rundata import Run
 
 SCHEMA = "servebench.run/1"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "INVALID"]
+#: What is said of queries whose process ended before they did.
+_LEFT_OPEN = {
+    Outcome.NOT_ISSUED: (Outcome.SHED.kind, "its process ended before it was sent"),
+    Outcome.OUTSTANDING: (Outcome.UNFINISHED.kind, "its process ended before the reply was there"),
+}
 _EXIT_CODES: dict[str, int] = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4, "INVALID": 5}
 
 
@@ -77,7 +82,7 @@ def judge(run: Run) -> dict[str, Any]:
         "response_time": summary.response.as_dict(percentiles),
         "service_time": summary.service.as_dict(percentiles),
         "issue_delay": summary.delay.as_dict(percentiles),
-        "errors": facts.get("errors") or _errors_of(run),
+        "errors": _errors(run, summary.stopped_ns),
         "output_check": facts.get("output_check"),
         "constraints": [judgement.as_dict() for judgement in judgements],
         "early_stopping": stopping,
@@ -154,19 +159,35 @@ def _loadgen_validity(
     return {**parts, "valid": all(parts.values())}
 
 
-def _errors_of(run: Run) -> list[dict[str, Any]]:
-    """Failures by kind alone, for a run that was killed before it could describe them."""
-    counts: Counter[int] = Counter()
-    examples: dict[int, int] = {}
+def _errors(run: Run, stop_ns: int | None) -> list[dict[str, Any]]:
+    """Failures by kind and detail, most frequent first, as many of each kind as there are among the queries that were due.
+
+    The records say how many; the workers told the details, but one that was lost told nothing. What a process left open when
+    it was killed is shed or unfinished, as in the books.
+    """
+    found, examples, not_due = np.zeros(256, dtype=np.int64), dict[int, int](), 0
     at = 0
-    for (outcomes,) in run.chunks("outcome"):
-        tally = np.bincount(outcomes)
+    for outcomes, scheduled_ns in run.chunks("outcome", "scheduled_ns"):
+        due = was_due(outcomes, scheduled_ns, stop_ns)
+        not_due += int(np.count_nonzero(outcomes[~due] == Outcome.SHED))
+        tally = np.bincount(outcomes[due], minlength=256)
         for code in np.flatnonzero(tally).tolist():
-            counts[code] += int(tally[code])
-            examples.setdefault(code, at + int(np.argmax(outcomes == code)))
+            if code not in examples:
+                examples[code] = at + int(np.argmax((outcomes == code) & due))
+        found += tally
         at += len(outcomes)
-    return [
-        {"kind": outcome.kind, "detail": "", "count": counts[outcome], "example": examples[outcome]}
-        for outcome in Outcome
-        if counts[outcome] and outcome not in (Outcome.OK, Outcome.NOT_ISSUED, Outcome.OUTSTANDING)
-    ]
+    errors = []
+    told = Counter[str]()
+    for error in run.facts.get("errors") or []:
+        count = error["count"]
+        if (error["kind"], error["detail"]) == (Outcome.SHED.kind, INTERRUPTED):
+            count -= min(not_due, count)
+        if count:
+            errors.append({**error, "count": count})
+            told[error["kind"]] += count
+    for outcome in Outcome:
+        kind, detail = _LEFT_OPEN.get(outcome, (outcome.kind, ""))
+        untold = int(found[outcome]) - (0 if outcome in _LEFT_OPEN else told[kind])
+        if untold > 0 and outcome != Outcome.OK:
+            errors.append({"kind": kind, "detail": detail, "count": untold, "example": examples[outcome]})
+    return sorted(errors, key=lambda error: -error["count"])

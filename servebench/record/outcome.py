@@ -32,6 +32,9 @@ class Outcome(IntEnum):
         return self.name.lower()
 
 
+#: The detail of a query that is SHED because its run was interrupted; most such were not even due yet.
+INTERRUPTED = "the run was interrupted"
+
 #: Ended with an error that the server (or the way to it, or our own host) caused.
 ERROR_OUTCOMES = frozenset(
     {

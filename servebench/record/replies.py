@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +11,15 @@ import numpy as np
 
 
 def write_replies(path: Path, replies: Mapping[int, bytes]) -> None:
-    """Write row -> raw reply."""
-    with path.open("wb") as file:
-        np.savez(
-            file,
-            rows=np.fromiter(replies.keys(), dtype=np.int64, count=len(replies)),
-            ends=np.cumsum([len(reply) for reply in replies.values()], dtype=np.int64),
-            data=np.frombuffer(b"".join(replies.values()), dtype=np.uint8),
-        )
+    """Write row -> raw reply. `OSError` when the disk does not take it."""
+    packed = io.BytesIO()  # a ZipFile that met a full disk fails once more in its finalizer, with a traceback
+    np.savez(
+        packed,
+        rows=np.fromiter(replies.keys(), dtype=np.int64, count=len(replies)),
+        ends=np.cumsum([len(reply) for reply in replies.values()], dtype=np.int64),
+        data=np.frombuffer(b"".join(replies.values()), dtype=np.uint8),
+    )
+    path.write_bytes(packed.getbuffer())
 
 
 def read_replies(path: Path) -> dict[int, bytes]:

@@ -2,16 +2,19 @@
 
 While a run goes on it holds the profile, the environment, first facts (state ``running``) and
 the workers' mapped columns. `RunDirectory.finish` turns the columns into one Parquet file, a
-row a planned query, and only then removes them; so a run that was killed, or whose disk
-filled up, can be read as far as it came. Files appear whole: written beside, then renamed.
-The directory is locked while its run is alive.
+row a planned query, and only then removes them; so a run that was killed can be read as far
+as it came, and one whose disk is full is judged from its columns. Files appear whole: written
+beside, then renamed. The directory is locked while its run is alive.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,63 +32,111 @@ PROFILE = "profile.yaml"
 QUERIES = "queries.parquet"
 RUN = "run.json"
 SERVER = "server"
+#: Of use to a run that goes on only; they make room for what it leaves.
+_PASSING = ("warmup-*.bin", "replies-*.npz")
 _ROWS_A_GROUP = 1 << 18
 
 
 class RunDirectory:
     """A run directory that is being written, by the one process that holds its lock."""
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, lock: int, *, made: bool) -> None:
         self.path = path
         self._lock = lock
+        self._made = made  #: rather than found empty
 
     @classmethod
     def create(cls, path: Path) -> RunDirectory:
-        """Make the directory. `ProfileError` when it exists with something in it, or cannot be made: nothing is overwritten."""
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise ProfileError(f"{path}: is not empty; choose another directory, nothing was overwritten")
-            (path / SERVER).mkdir()
-        except OSError as error:
-            raise ProfileError(f"{path}: cannot be used for the run directory: {error.strerror}") from None
-        lock = os.open(path, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return cls(path, lock)
+        """Make the directory, or take an empty one, or one with nothing but the log that `discard` left.
+
+        `ProfileError` when it holds anything else, or cannot be made: nothing but that log is overwritten.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                made = not path.exists()
+                path.mkdir(parents=True, exist_ok=True)
+                lock = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before the look: another run may just have made it
+                logs = _logs_alone(path)
+                if logs is None:
+                    raise ProfileError(f"{path}: is not empty; choose another directory, nothing was overwritten")
+                for log in logs:
+                    log.unlink()
+                (path / SERVER).mkdir(exist_ok=True)
+            except BlockingIOError:
+                raise ProfileError(f"{path}: another run is going on there; choose another directory") from None
+            except OSError as error:
+                raise ProfileError(f"{path}: cannot be used for the run directory: {error.strerror}") from None
+            stack.pop_all()
+        return cls(path, lock, made=made)
 
     def columns_path(self, worker: int, phase: str = "columns") -> Path:
         """Where a worker's records of a phase are."""
         return self.path / f"{phase}-{worker}.bin"
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
-        """Write one JSON file, whole or not at all."""
-        write_json(self.path / name, document)
+        """Write one JSON file, whole or not at all. `RunError` when the disk does not take it."""
+        with _writing(self.path / name):
+            write_json(self.path / name, document)
 
     def write_profile(self, settings: dict[str, Any]) -> None:
-        """Write the effective profile."""
-        with replacing(self.path / PROFILE) as file:
+        """Write the effective profile. `RunError` when the disk does not take it."""
+        with _writing(self.path / PROFILE), replacing(self.path / PROFILE) as file:
             yaml.safe_dump(settings, file, sort_keys=False, allow_unicode=True)
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Close the books: columns to Parquet, then the final facts, then the columns may go.
+        """Close the books: the final facts, then columns to Parquet, and only then the columns may go.
 
-        `RunError` when the disk does not take it; what was measured is then still in the columns.
+        `RunError` when the disk does not take it. What was measured is then still in the columns, and if the
+        facts at least fit, the run is judged from them as it would be from the Parquet file: so they come first.
         """
+        for pattern in _PASSING:
+            for file in self.path.glob(pattern):
+                file.unlink()
+        self.write_json(FACTS, facts)
         files = sorted(self.path.glob("columns-*.bin"))
-        try:
-            if files:
+        if files:
+            with _writing(self.path / QUERIES, remedy=f"; judge what is in the columns with: servebench report {self.path}"):
                 write_queries([Columns.open(file) for file in files], self.path / QUERIES, rows_a_group=_ROWS_A_GROUP)
-            self.write_json(FACTS, facts)
-        except OSError as error:
-            raise RunError(f"{self.path}: {error.strerror or error}; the records so far are kept beside it") from None
         for file in files:
             file.unlink()
+
+    def discard(self) -> None:
+        """Nothing was measured: remove the directory, or empty one that was there. A server's logs stay, they may say why."""
+        for file in self.path.iterdir():
+            if file.is_file():
+                file.unlink()
+        for file in (self.path / SERVER).iterdir():
+            if file.is_file() and (file.suffix != ".log" or not file.stat().st_size):
+                file.unlink()
+        if not any((self.path / SERVER).iterdir()):
+            shutil.rmtree(self.path if self._made else self.path / SERVER, ignore_errors=True)
 
     def unlock(self) -> None:
         """Let others finish what this process did not."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+@contextlib.contextmanager
+def _writing(path: Path, *, remedy: str = "") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}{remedy}") from None
+
+
+def _logs_alone(path: Path) -> list[Path] | None:
+    """The server's logs in a directory that holds nothing else; None when it does."""
+    found = list(path.iterdir())
+    if not found:
+        return []
+    if found != [path / SERVER] or not found[0].is_dir():
+        return None
+    logs = list(found[0].iterdir())
+    return logs if all(log.suffix == ".log" and log.is_file() for log in logs) else None
 
 
 def open_run(path: Path) -> Run:

@@ -218,9 +218,9 @@ def _read_failure(error: Exception, *, reused: bool) -> tuple[Outcome, str]:
         # Closed in good order. With the head of a reply in it, the error is no plain string.
         if not isinstance(error.message, str):
             return Outcome.RESET, "connection closed inside the reply's header block"
-        if reused:
-            return Outcome.STALE, "the server closed the idle connection as it was reused"
-        return Outcome.RESET, "connection closed before any reply"
+        # Whether the query reached the server first is not known here: the socket is gone. So it is never called STALE.
+        where = " (it had served queries before: perhaps closed while idle)" if reused else ""
+        return Outcome.RESET, f"connection closed before any reply{where}"
     if isinstance(error, aiohttp.ClientPayloadError):
         return Outcome.RESET, f"connection closed inside the reply: {error}"
     if isinstance(error, OSError):

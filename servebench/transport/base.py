@@ -52,7 +52,7 @@ class TransportStats:
     connections_peak: int = 0
     #: queries that were due while no connection was free, and waited for one to open
     connection_waits: int = 0
-    #: of those, the ones that waited because ``max_connections`` was reached, and for how long in all
+    #: of those, the ones that waited because ``max_connections`` was reached, and (once nobody waits) for how long in all
     cap_waits: int = 0
     cap_wait_ns: int = 0
     #: and those that waited because the server's limit of concurrent streams was reached on every channel

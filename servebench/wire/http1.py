@@ -28,6 +28,9 @@ _MAX_REMEMBERED_BLOCKS = 256
 _BLANK_LINE = b"\r\n\r\n"
 _TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
+#: Written from what is known here; a second one would tear the request apart.
+_OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding"})
+
 #: header block without its blank line -> (status, body bytes); shared by a transport's readers.
 HeaderMemo = dict[bytes, tuple[int, int]]
 
@@ -56,6 +59,8 @@ def encode_request(method: str, target: str, host: str, headers: Iterable[tuple[
     for name, value in headers:
         if not name or not _TOKEN.issuperset(name):
             raise ValueError(f"{name!r} is not a header name")
+        if name.lower() in _OWN_HEADERS:
+            raise ValueError(f"header {name} is set by the client itself")
         if any(char in "\r\n\0" or ord(char) > 0xFF for char in value):
             raise ValueError(f"header {name}: the value holds a line break or a character outside Latin-1")
         lines.append(f"{name}: {value}")
@@ -107,7 +112,7 @@ class ResponseReader:
         """Take the reply's next bytes. `ProtocolFault` when they are not HTTP, too large, or more than one reply."""
         if not self._partial:
             end = data.find(_BLANK_LINE)
-            known = self._memo.get(data[:end])
+            known = self._memo.get(data[:end]) if end >= 0 else None
             if known is not None and known[1] == len(data) - end - 4:
                 self.status, self.body_bytes = known
                 return _COMPLETE

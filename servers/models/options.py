@@ -101,7 +101,9 @@ class Hosting:
 
 
 def prepare(name: str, options: HostingOptions, *, server: str, present: Inventory | None = None) -> Hosting:
-    """Everything about the model that can be refused before anything starts; `ProfileError` where an option does not fit the model, else `LaunchError`.
+    """Everything about the model that can be refused before anything starts.
+
+    `ProfileError` where an option does not fit the model, else `LaunchError`.
 
     ``server`` is the launcher's word for itself, for messages. ``present`` are the devices that the
     server will see; this machine's when omitted.
