@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 from e2e import profile_data
 
-from servebench.control.base import Activity, RefusedError
+from servebench.control.base import Activity, Discovery, RefusedError
 from servebench.control.kserve import KServeControl
 from servebench.control.kserve_grpc import TRITON, KServeGrpcControl
 from servebench.control.metrics import metric_sum
@@ -415,6 +415,20 @@ NO_WORKER = {"code": 500, "type": "InternalServerException", "message": "Failed 
 def described(*states: str, pending: int = 0) -> list[dict[str, Any]]:
     workers = [{"id": f"900{number}", "status": state} for number, state in enumerate(states)]
     return [{"modelName": "m", "workers": workers, "jobQueueStatus": {"remainingCapacity": 100, "pendingRequests": pending}}]
+
+
+def test_scaling_ends_when_all_workers_are_ready() -> None:
+    """TorchServe calls a worker that still loads UNLOADING."""
+    answers: Answers = {
+        "PUT /models/m?min_worker=2&max_worker=2&synchronous=true": [(200, {"status": "Workers scaled to 2 for model: m"})],
+        "GET /models/m": [(200, described("READY", "UNLOADING")), (200, described("READY", "READY"))],
+    }
+
+    async def scale(control: TorchServeControl) -> Discovery:
+        await control.scale("m", 2, 2)
+        return await control.discover("m")
+
+    assert torchserve(answers, scale).config == described("READY", "READY")[0]
 
 
 @pytest.mark.parametrize(

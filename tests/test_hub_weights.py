@@ -17,7 +17,7 @@ from servebench_servers.models.hosted import Settings
 from servebench_servers.models.hub import cache_folder, find_weights
 from servebench_servers.models.options import HostingOptions, prepare
 
-from servebench.errors import LaunchError
+from servebench.errors import LaunchError, ProfileError
 
 torch = pytest.importorskip("torch")
 torch_model = importlib.import_module("servebench_servers.models.serving.torch_model")
@@ -121,7 +121,7 @@ def test_names_that_no_repository_has(name: str) -> None:
 def test_weights_have_one_origin(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="not from both"):
         HostingOptions(weights_hub="a/b", weights=__file__)
-    with pytest.raises(LaunchError, match="weights_hub: delay has none"):
+    with pytest.raises(ProfileError, match="weights_hub: delay has none"):
         prepare("delay", HostingOptions(weights_hub="a/b"), server="X")
 
 
@@ -316,6 +316,7 @@ def torchvision_names() -> list[str]:
     return [*names, "fc.weight", "fc.bias"]
 
 
+@pytest.mark.models
 def test_resnet50_of_transformers_is_torchvisions(tmp_path: Path) -> None:
     with torch.device("meta"):
         own = resnet50.build().state_dict()
@@ -324,6 +325,7 @@ def test_resnet50_of_transformers_is_torchvisions(tmp_path: Path) -> None:
     assert set(torchvision_names()) == set(own)
 
 
+@pytest.mark.models
 def test_resnet50_with_transformers_names_answers_as_the_network_it_came_from(tmp_path: Path) -> None:
     torch.manual_seed(6)
     network = resnet50.build().eval()

@@ -83,7 +83,7 @@ def test_a_full_job_queue_is_an_error_status(
     monkeypatch.setenv("TORCHSERVE_TOKEN", full_torchserve.tokens["inference"])
     data = settings(f"digits-torchserve-{framing}", full_torchserve.urls[framing], target_qps=3_000, min_duration_s=1)
     data["endpoint"]["bearer_token_env"] = "TORCHSERVE_TOKEN"
-    data["constraints"] = ["p99 <= 5s", "errors < 1%"]
+    data["constraints"] = ["p99 <= 3s", "errors < 1%"]
     document, _ = run(data, tmp_path / "run")
     assert_books_balance(document, tmp_path / "run")
     refused = [error for error in document["errors"] if error["kind"] == "status"]

@@ -47,7 +47,7 @@ RANDOM: dict[str, dict[str, Any]] = {
 pytestmark = [needs_torch, pytest.mark.torchserve, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module", params=["dlrm", "bert"])
+@pytest.fixture(scope="module", params=[pytest.param("dlrm", marks=pytest.mark.models), "bert"])
 def hosted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, RunningServer]]:
     pytest.importorskip("ts")
     options = TorchServeOptions(device="cpu", weights_seed=7, batch_size=ROWS, max_batch_delay_ms=5)

@@ -30,7 +30,9 @@ LOADED_QPS = 350.0  # 70 % of the server's capacity
 CONSTRAINTS = ["p99 <= 500ms"]
 MAX_MEDIAN_ERROR_NS = 150_000
 MAX_P99_ERROR = 0.05
-MAX_TRIES = 5
+MAX_TRIES = 12
+#: 4 s: each query's time is compared, so more of them prove no more; and a shared machine is quiet for 4 s oftener than for 9.
+QUERIES = 1500
 #: What client or stub may be late by at their 99th percentile, for a run to be compared with theory.
 MAX_DISTURBANCE_NS = 600_000
 #: And what either may be late by at most: while one stands still for 10 ms, a queue grows that lasts for 30 ms.
@@ -93,18 +95,25 @@ def loaded_run(
     """A run that nothing disturbed, by its own trust and the stub's own stamps; a neighbour's burst on a shared machine is."""
     for attempt in range(MAX_TRIES):
         with stub(tmp_path, service=service, **options) as server:
-            load = {"target_qps": LOADED_QPS, "min_duration_s": 0, "min_query_count": 3000}
+            load = {"target_qps": LOADED_QPS, "min_duration_s": 0, "min_query_count": QUERIES}
             settings = profile_data(server.urls[protocol], constraints=CONSTRAINTS, load=load, client=client or {})
-            document, data = run(settings, tmp_path / f"run-{attempt}")
+            _, data = run(settings, tmp_path / f"run-{attempt}")
             stamps = np.load(io.BytesIO(urlopen(f"{server.urls['http']}/stub/stamps?format=npy").read()))
         late_ns = np.sort(stamps["departure_ns"] - stamps["due_ns"])
-        # A narrow client is late by design: there the stub alone tells.
-        delay = {"max_ns": 0, "percentiles": {"99": 0}} if client else document["issue_delay"]
-        disturbance_ns = max(delay["percentiles"]["99"], late_ns[int(0.99 * len(late_ns))])
-        if disturbance_ns <= MAX_DISTURBANCE_NS and max(delay["max_ns"], late_ns[-1]) <= MAX_PAUSE_NS:
+        delay_ns = np.sort(data.issued_ns - data.scheduled_ns)
+        if client or options:  # a narrow client is late by design: there, by how much later than usual it turns round
+            delay_ns = np.sort(turnarounds_ns(data) - int(np.median(turnarounds_ns(data))))
+        disturbance_ns = max(delay_ns[int(0.99 * len(delay_ns))], late_ns[int(0.99 * len(late_ns))])
+        if disturbance_ns <= MAX_DISTURBANCE_NS and max(delay_ns[-1], late_ns[-1]) <= MAX_PAUSE_NS:
             return data
     limits = f"1 % of events over {MAX_DISTURBANCE_NS} ns late, or one over {MAX_PAUSE_NS} ns"
     pytest.fail(f"the machine is too busy to compare with theory: each of {MAX_TRIES} tries had {limits}")
+
+
+def turnarounds_ns(data: RunData) -> Times:
+    """From a reply to the next query, where that was waiting already."""
+    waiting = data.scheduled_ns[1:] < data.completed_ns[:-1]
+    return (data.issued_ns[1:] - data.completed_ns[:-1])[waiting]
 
 
 def narrow(protocol: str, width: int) -> dict[str, Any]:
@@ -137,8 +146,7 @@ def test_latency_from_the_send_would_fail_the_same_test(tmp_path: Path, protocol
     data = loaded_run(tmp_path, protocol, {"kind": "constant", "mean_ms": MEAN_MS}, **narrow(protocol, 1))
     # Server and connection are now one resource, taken for the whole service time of each query, and until
     # the client has turned round to the next one: what that takes shows where the next one was already waiting.
-    waiting = data.scheduled_ns[1:] < data.completed_ns[:-1]
-    turnaround_ns = int(np.median((data.issued_ns[1:] - data.completed_ns[:-1])[waiting]))
+    turnaround_ns = int(np.median(turnarounds_ns(data)))
     assert 0 < turnaround_ns < 0.1 * MEAN_MS * 1e6
     predicted_ns = lindley_ns(data.scheduled_ns, service_time_ns(data) + turnaround_ns) - turnaround_ns
     median_error_ns, p99_error = errors(response_ns(data), predicted_ns)

@@ -6,6 +6,8 @@ part of the path; without one, TorchServe means the default version.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ssl
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from servebench.control.rest import Answer, Rest
 from servebench.errors import TransportError
 from servebench.wire.tensors import ModelMetadata
 
+_READY_TIMEOUT_S, _READY_POLL_S = 30.0, 0.1
 _READY = "READY"
 _ALL_MODELS = "/models?limit=1000"  # pages of 100 otherwise
 _TOKEN_REMEDY = "; give its management token (server.management_token_env)"
@@ -91,6 +94,11 @@ class TorchServeControl:
         query = urlencode({"min_worker": min_workers, "max_worker": max_workers, "synchronous": "true"})
         answer = await self._rest.ask("PUT", f"{_path(model, version)}?{query}", timeout_s=CHANGE_TIMEOUT_S)
         self._check(answer, f"scale {model!r} to {min_workers} workers")
+        # TorchServe 0.12 may answer before the last of them has its model. One that never has it is told of by `discover`.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_READY_TIMEOUT_S):
+                while not _all_ready(_workers(await self.describe(model, version))):  # noqa: ASYNC110  (another process's event)
+                    await asyncio.sleep(_READY_POLL_S)
 
     async def register(self, archive: str, *, workers: int = 1) -> None:
         """Register an archive of the model store (or a URL that TorchServe allows), and return when its workers are ready."""
