@@ -164,7 +164,7 @@ def measure_step(server: Server, cpus: Sequence[int], target_qps: float, *, dura
 
 def measure_saturated_qps(server: Server, cpus: Sequence[int], *, duration_s: float) -> float:
     """What one worker gets answered, a second, when more is due than it can send. `ServebenchError` when it cannot be done."""
-    client = {"max_connections": SATURATING_CONNECTIONS}
+    client = {} if server.url.startswith("grpc") else {"max_connections": SATURATING_CONNECTIONS}
     _, run = _run(server, cpus, SATURATING_QPS, duration_s, client, _Phases(server))
     first_ns, last_ns = int(run.scheduled_ns.min()), int(run.scheduled_ns.max())
     answered = (run.outcome == Outcome.OK) & (run.completed_ns <= last_ns)
