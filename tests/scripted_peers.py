@@ -70,9 +70,9 @@ class End:
 
 @dataclass
 class Tape:
-    """A sink that remembers, asks for every reply (``keep``) or none, and lets a test wait for a query's end."""
+    """A sink that remembers, asks for every reply (``keep``), none, or some rows', and lets a test wait for a query's end."""
 
-    keep: bool = True
+    keep: bool | set[int] = True
     issues: dict[int, tuple[int, int]] = field(default_factory=dict)  #: row -> (issued ns, connection)
     replies: dict[int, bytes] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)  #: rows in the order of their ends
@@ -82,7 +82,7 @@ class Tape:
     def issued(self, row: int, at_ns: int, connection: int) -> bool:
         assert row not in self.issues, "issued twice"
         self.issues[row] = (at_ns, connection)
-        return self.keep
+        return self.keep if isinstance(self.keep, bool) else row in self.keep
 
     def completed(self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int) -> None:
         self._end(row, End(Outcome.OK, first_byte_ns, at_ns, status, response_bytes))
@@ -126,7 +126,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
             await test
 
     uvloop.run(bounded())
-    assert not faults
+    assert not faults, faults
 
 
 async def until(condition: Callable[[], bool]) -> None:

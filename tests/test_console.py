@@ -1,9 +1,8 @@
-"""The printed report, word for word, for made-up run documents that the shipped schema accepts."""
+"""The printed report, word for word, for made-up run documents; and a printed schedule."""
 
 import copy
 import io
 import json
-import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,228 +10,14 @@ from typing import Any
 import jsonschema
 import pytest
 from rich.console import Console
+from run_documents import failing, inconclusive, invalid, judged, passing
 from synthetic import MS, S, synthetic_run, with_outcome, with_stall
 
 from servebench.judge.verdict import judge
 from servebench.judge.wording import say_share
 from servebench.record.outcome import Outcome
-from servebench.record.progress import Snapshot
 from servebench.report.console import format_duration, format_rate, render
-from servebench.report.live import LiveView
 from servebench.report.schedule import render_schedule
-
-PERCENTILES = ("50", "90", "95", "97", "99", "99.9", "99.99")
-
-
-def distribution(
-    count: int, values_ms: tuple[float | None, ...], max_ms: float, mean_ms: float, **changes: Any
-) -> dict[str, Any]:
-    values_ns = [None if value is None else round(value * 1e6) for value in values_ms]
-    return {
-        "count": count,
-        "infinite": 0,
-        "min_ns": 1_000,
-        "mean_ns": round(mean_ms * 1e6),
-        "max_ns": round(max_ms * 1e6),
-        "percentiles": dict(zip(PERCENTILES, values_ns, strict=True)),
-        "above_ns": {},
-    } | changes
-
-
-def judged(
-    text: str, unit: str, measured: float | None, bound: float, result: str, reason: str, **changes: Any
-) -> dict[str, Any]:
-    return {
-        "text": text,
-        "unit": unit,
-        "measured": measured,
-        "measured_above": None,
-        "bound": bound,
-        "result": result,
-        "queries": 4031,
-        "over": 3,
-        "needed_queries": None,
-        "needed_seconds": None,
-        "reason": reason,
-    } | changes
-
-
-def passing() -> dict[str, Any]:
-    response = (4.12, 5.03, 5.41, 5.7, 6.114, 9.876, 12.04)
-    service = (4.05, 4.96, 5.33, 5.62, 6.03, 9.8, 11.97)
-    delay = (0.081, 0.102, 0.11, 0.115, 0.13, 0.2, 0.4)
-    return {
-        "schema": "servebench.run/1",
-        "version": "0.1.0",
-        "command": ["servebench", "run", "digits"],
-        "started_at": "2026-01-01T00:00:00+00:00",
-        "state": "complete",
-        "stop_reason": None,
-        "profile": {"name": "digits"},
-        "schedule": {
-            "arrivals": "mlperf",
-            "target_qps": 200.0,
-            "last_scheduled_ns": 20_000_000_000,
-            "checks": {
-                "result": "ok",
-                "gaps": 4030,
-                "cv2": 1.004,
-                "ks_distance": 0.01,
-                "ks_p_value": 0.613,
-                "serial_correlation": 0.01,
-                "serial_p_value": 0.431,
-                "dispersion": [
-                    {"window_s": 0.05, "windows": 400, "index": 1.02, "p_value": 0.7},
-                    {"window_s": 1.0, "windows": 20, "index": 0.97, "p_value": 0.9},
-                ],
-                "issued_cv2": 1.0,
-                "issued_ks_distance": 0.001,
-                "issued_ks_p_value": 1.0,
-                "problems": [],
-                "issue_problems": [],
-            },
-        },
-        "counts": {"planned": 4031, "issued": 4031, "ok": 4031, "error": 0, "timeout": 0, "shed": 0, "unfinished": 0},
-        "rates": {
-            "target_qps": 200.0,
-            "scheduled_qps": 201.5,
-            "issued_qps": 201.49,
-            "completed_qps": 201.46,
-            "goodput_qps": 201.3,
-        },
-        "response_time": distribution(4031, response, 12.04, 4.2),
-        "service_time": distribution(4031, service, 11.97, 4.1),
-        "issue_delay": distribution(4031, delay, 0.4, 0.085),
-        "errors": [],
-        "output_check": {"kept": 256, "checked": 256, "wrong": 0, "first_wrong": None, "golden": True},
-        "constraints": [
-            judged(
-                "p99 <= 50ms",
-                "ns",
-                6_114_000,
-                50_000_000,
-                "PASS",
-                "p99 <= 50ms holds: measured 6.11 ms; 3 of 4,031 queries were over the bound, "
-                "up to 25 are allowed at 99% confidence.",
-            )
-        ],
-        "early_stopping": {
-            "constraint": "p99 <= 50ms",
-            "percentile": 99.0,
-            "latency_bound_ns": 50_000_000,
-            "confidence": 0.99,
-            "queries": 4031,
-            "over_latency": 3,
-            "allowed_over_latency": 25,
-            "required_queries": 1000,
-            "needed_queries": 0,
-            "estimate_ns": 6_310_000,
-            "met": True,
-        },
-        "loadgen_validity": {
-            "min_duration_met": True,
-            "min_queries_met": True,
-            "perf_constraints_met": True,
-            "early_stopping_met": True,
-            "valid": True,
-        },
-        "trust": {"verdict": "VALID", "reasons": [], "stall_count": 0, "stalls": []},
-        "verdict": "PASS",
-        "reasons": ["p99 <= 50ms holds."],
-        "workers": [],
-        "server": {},
-        "environment": {},
-    }
-
-
-def failing() -> dict[str, Any]:
-    """Timeouts at the tail, sheds, and an error whose text is hostile."""
-    run = passing() | {"verdict": "FAIL"}
-    run["counts"] = {"planned": 4031, "issued": 4030, "ok": 3950, "error": 30, "timeout": 50, "shed": 1, "unfinished": 0}
-    tail = {"99": 10_000_500_000, "99.9": 0, "99.99": 0}
-    run["rates"] |= {"issued_qps": 201.45, "completed_qps": 192.63, "goodput_qps": 170.2}  # 3949 gaps in 20.5 s
-    run["issue_delay"]["count"] = 4030
-    known = (30.0, 83.4, 90.1, 95.0)
-    run["response_time"] = distribution(4031, (*known, None, None, None), 99.9, 33.3, infinite=81, above_ns=tail)
-    run["service_time"] = distribution(4031, (*known, None, None, None), 99.8, 33.2, infinite=81, above_ns=tail)
-    run["constraints"] = [
-        judged("errors < 5%", "share", 81 / 4031, 0.05, "PASS", "errors < 5% holds: measured 2.01%."),
-        judged("mean < 20ms", "ns", 33_300_000, 20_000_000, "FAIL", "mean < 20ms fails: measured 33.3 ms."),
-        judged(
-            "p99 <= 50ms",
-            "ns",
-            None,
-            50_000_000,
-            "FAIL",
-            "p99 <= 50ms fails: no value (over 10.0 s), because 81 of 4,031 queries failed or were never sent; "
-            "mend what failed first (mostly timeout, see errors).",
-            measured_above=10_000_500_000,
-        ),
-    ]
-    run["errors"] = [
-        {"kind": "timeout", "detail": "", "count": 50, "example": 17},
-        {"kind": "status", "detail": "503 [/red] [bold]overloaded\x1b[31m\n", "count": 30, "example": None},
-    ]
-    run["loadgen_validity"] |= {"perf_constraints_met": False, "early_stopping_met": False, "valid": False}
-    run["early_stopping"] |= {"estimate_ns": None, "met": False}
-    return run
-
-
-def inconclusive() -> dict[str, Any]:
-    run = passing() | {"verdict": "INCONCLUSIVE", "output_check": None, "loadgen_validity": None}
-    run["constraints"] = [
-        judged(
-            "p99 <= 50ms",
-            "ns",
-            6_114_000,
-            50_000_000,
-            "INCONCLUSIVE",
-            "p99 <= 50ms is undecided: measured 6.11 ms; 0 of 60 queries were over the bound, too few "
-            "queries to promise it with 99% confidence; run at least 399 more (2 s at 201.5/s).",
-            needed_queries=399,
-            needed_seconds=2.0,
-        )
-    ]
-    run["schedule"]["checks"] |= {"result": "too_few", "gaps": 59}
-    run["trust"] = {
-        "verdict": "DEGRADED",
-        "reasons": [
-            {
-                "code": "cpu_steal",
-                "severity": "DEGRADED",
-                "text": "the hypervisor gave 8% of this machine's CPU time to others",
-                "remedy": "measure on a quieter or a dedicated machine",
-                "measured": 0.08,
-                "bound": 0.05,
-            }
-        ],
-        "stall_count": 0,
-        "stalls": [],
-    }
-    return run
-
-
-def invalid() -> dict[str, Any]:
-    """The client itself was 31 ms late at p99."""
-    run = passing() | {"verdict": "INVALID", "output_check": None, "loadgen_validity": None}
-    run["response_time"] = distribution(4031, (4.12, 5.03, 5.41, 12.0, 37.1, 40.0, 41.0), 41.0, 5.2)
-    run["issue_delay"] = distribution(4031, (0.081, 0.102, 0.11, 8.0, 31.0, 33.0, 34.5), 34.5, 1.1)
-    run["trust"] = {
-        "verdict": "INVALID",
-        "reasons": [
-            {
-                "code": "lateness",
-                "severity": "INVALID",
-                "text": "121 of 4,031 queries (3%) were issued over 5.00 ms late: the client's event loop was late",
-                "remedy": "use more client.workers or a lower rate",
-                "measured": 0.03,
-                "bound": 0.0025,
-            }
-        ],
-        "stall_count": 0,
-        "stalls": [],
-    }
-    return run
 
 
 @pytest.fixture(autouse=True)
@@ -599,47 +384,6 @@ def test_durations_have_three_digits(value_ns: int, text: str) -> None:
 )
 def test_rates_have_four_digits(per_second: float, text: str) -> None:
     assert format_rate(per_second) == text
-
-
-# ---- what is shown while a run goes on ------------------------------------------------------
-
-FAST = Snapshot(1_234.0, 1_000_000, 987_654, 900_000, 3, 1_234, 12_345.6, 12_345.6, 4_280_000, 13_500_000, 4_780_000)
-
-
-def live(phases: list[tuple[str, float | None]], *, width: int, terminal: bool = True) -> list[str]:
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=width, color_system=None)
-    with LiveView(console=console) as view:
-        for name, duration_s in phases:
-            view.phase(name, duration_s=duration_s)
-        view.progress(FAST)
-    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").splitlines()]
-
-
-@pytest.mark.parametrize("width", [80, 100, 120])
-def test_the_progress_fits_into_its_lines(width: int) -> None:
-    bar = "━" * 16
-    lines = live([("measuring", 3_600.0)], width=width)
-    at = lines.index(f"measuring  {bar}  1,234 s of 3,600 s  987,654 of 1,000,000 queries")
-    assert lines[at + 1 : at + 3] == [
-        "offered 12,346/s  completed 12,346/s  in flight 1,234  failed 3",
-        "p50 4.28 ms  p99 13.5 ms  issued late p99 4.78 ms",
-    ]
-
-
-def test_a_phase_of_unknown_length_has_no_bar() -> None:
-    text = "interrupted: waiting for outstanding replies (again to stop at once)"
-    lines = live([("measuring", 20.0), (text, None)], width=80)
-    assert lines[lines.index("offered 12,346/s  completed 12,346/s  in flight 1,234  failed 3") - 1] == text
-
-
-def test_without_a_terminal_phases_are_whole_lines() -> None:
-    text = "interrupted: leaving the server as it was found (again to stop at once)"
-    assert live([("measuring", 0.3), ("measuring", 20.0), (text, None)], width=40, terminal=False) == [
-        "servebench: measuring (300 ms)",
-        "servebench: measuring (20.0 s)",
-        f"servebench: {text}",
-    ]
 
 
 def test_a_schedule_is_never_broken() -> None:

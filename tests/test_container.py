@@ -11,15 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import psutil
 import pytest
+from processes import is_gone, until
 from pydantic import ValidationError
 from servebench_servers.container import (
     ContainerOptions,
@@ -89,18 +87,6 @@ def engine(tmp_path, monkeypatch):
 def spec_of(command: list[str], ports: dict[int, int] | None = None, **changes: object) -> ContainerSpec:
     options = ContainerOptions.model_validate({"image": IMAGE} | changes)
     return ContainerSpec(new_container_name("test"), options, command, ports or {}, {})
-
-
-def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
-    """Wait for an event that must come; the limit only bounds a failing test."""
-    give_up = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < give_up, "the event did not come"
-        time.sleep(0.005)
-
-
-def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def answers(port: int, path: str = "") -> bool:

@@ -3,17 +3,16 @@
 import asyncio
 import contextlib
 import re
-import resource
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import trustme
-import uvloop
+from descriptors import no_descriptor_left
+from scripted_peers import Tape, run, until
+from stream_server import StreamScript, serving, tls_pair
 
 from servebench.clock import now_ns
 from servebench.errors import TransportError
@@ -25,91 +24,13 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 REQUEST = encode_request("POST", "/infer", "test", [], b"payload")
 
 
-@dataclass
-class End:
-    """How a query ended, as the sink heard it."""
-
-    outcome: Outcome
-    first_byte_ns: int
-    at_ns: int
-    status: int = 0
-    response_bytes: int = 0
-    detail: str = ""
-
-
-@dataclass
-class Tape:
-    """A sink that remembers, and lets a test wait for a query's end."""
-
-    keep: set[int] = field(default_factory=set)
-    issues: dict[int, tuple[int, int]] = field(default_factory=dict)
-    replies: dict[int, bytes] = field(default_factory=dict)
-    ends: dict[int, asyncio.Future[End]] = field(default_factory=dict)
-
-    def issued(self, row: int, at_ns: int, connection: int) -> bool:
-        assert row not in self.issues, "issued twice"
-        self.issues[row] = (at_ns, connection)
-        return row in self.keep
-
-    def completed(self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int) -> None:
-        self._end(row, End(Outcome.OK, first_byte_ns, at_ns, status, response_bytes))
-
-    def refused(
-        self, row: int, first_byte_ns: int, at_ns: int, status: int, response_bytes: int, detail: str, tail: bytes = b""
-    ) -> None:
-        self._end(row, End(Outcome.STATUS, first_byte_ns, at_ns, status, response_bytes, detail + tail.decode("latin-1")))
-
-    def failed(self, row: int, first_byte_ns: int, at_ns: int, outcome: Outcome, detail: str) -> None:
-        self._end(row, End(outcome, first_byte_ns, at_ns, detail=detail))
-
-    def reply(self, row: int, chunks: Sequence[bytes]) -> None:
-        self.replies[row] = b"".join(chunks)
-
-    def _end(self, row: int, end: End) -> None:
-        self.of(row).set_result(end)  # a second end is an InvalidStateError
-
-    def of(self, row: int) -> asyncio.Future[End]:
-        return self.ends.setdefault(row, asyncio.get_running_loop().create_future())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until something has happened; `run` bounds it."""
-    while not condition():
-        await asyncio.sleep(0)
-
-
-Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]
-
-
-@contextlib.asynccontextmanager
-async def serving(script: Script, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """A server that runs ``script(reader, writer, connection number)`` on each connection."""
-    count = 0
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal count
-        number, count = count, count + 1
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await script(reader, writer, number)
-        writer.close()
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            await writer.wait_closed()
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
-    port = server.sockets[0].getsockname()[1]
-    try:
-        yield f"{'https' if tls else 'http'}://127.0.0.1:{port}"
-    finally:
-        server.close()
-
-
 async def read_request(reader: asyncio.StreamReader) -> bytes:
     head = await reader.readuntil(b"\r\n\r\n")
     length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length"))
     return await reader.readexactly(length)
 
 
-def replying(*replies: bytes) -> Script:
+def replying(*replies: bytes) -> StreamScript:
     """Answers the n-th request of every connection with the n-th reply, then closes; b'' closes without a reply."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
@@ -127,18 +48,22 @@ async def always_ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
         writer.write(OK)
 
 
+def ok_behind(gate: asyncio.Event) -> StreamScript:
+    """Answers every request, none before the gate is open."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        while True:
+            await read_request(reader)
+            await gate.wait()
+            writer.write(OK)
+
+    return script
+
+
 async def one_reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
     """Answers one request on the first connection; closes every other one."""
     if number == 0:
         await replying(OK)(reader, writer, number)
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await test
-
-    uvloop.run(bounded())
 
 
 @contextlib.asynccontextmanager
@@ -190,7 +115,7 @@ def test_a_fault_ends_one_query_and_the_next_one_works(replies: list[bytes], out
             await always_ok(reader, writer, number)
 
     async def test() -> None:
-        tape = Tape()
+        tape = Tape(keep=False)
         async with serving(script) as url, opened(url, tape, max_connections=1) as transport:
             last = len(replies) - 1
             for row in range(last + 2):
@@ -220,14 +145,10 @@ def test_a_reused_connection_is_stale_only_if_it_was_closed_before_the_query_cam
     closed: str, outcome: Outcome, detail: str, tls: bool
 ) -> None:
     """The server's blocking socket is the test's: nothing lies between its close and our next query."""
-    authority = trustme.CA()
-    server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(server_tls)
-    client_tls = ssl.create_default_context()
-    authority.configure_trust(client_tls)
+    server_tls, client_tls = tls_pair()
 
     async def test() -> None:
-        tape = Tape()
+        tape = Tape(keep=False)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.settimeout(10)
             url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
@@ -271,7 +192,7 @@ def test_a_reused_connection_that_we_close_ourselves_is_not_said_to_be_the_serve
             writer.write(OK)
             await reader.read()
 
-        tape = Tape()
+        tape = Tape(keep=False)
         async with serving(script) as url, opened(url, tape, max_connections=1) as transport:
             transport.issue(0, REQUEST)
             assert (await tape.of(0)).outcome is Outcome.OK
@@ -291,7 +212,7 @@ def test_a_reset_connection_is_a_reset() -> None:
         writer.transport.abort()
 
     async def test() -> None:
-        tape = Tape()
+        tape = Tape(keep=False)
         async with serving(script) as url, opened(url, tape) as transport:
             transport.issue(0, REQUEST)
             assert (await tape.of(0)).outcome is Outcome.RESET
@@ -301,7 +222,7 @@ def test_a_reset_connection_is_a_reset() -> None:
 
 def test_nobody_listens() -> None:
     async def test() -> None:
-        tape = Tape()
+        tape = Tape(keep=False)
         async with serving(one_reply) as url, opened(url, tape) as transport:
             transport.issue(0, REQUEST)
             await tape.of(0)
@@ -322,15 +243,8 @@ def test_nobody_listens() -> None:
 def test_waiting_under_a_cap_is_counted_and_nothing_is_lost() -> None:
     async def test() -> None:
         gate = asyncio.Event()
-
-        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
-            while True:
-                await read_request(reader)
-                await gate.wait()
-                writer.write(OK)
-
-        tape = Tape()
-        async with serving(script) as url, opened(url, tape, connections=2, max_connections=2) as transport:
+        tape = Tape(keep=False)
+        async with serving(ok_behind(gate)) as url, opened(url, tape, connections=2, max_connections=2) as transport:
             for row in range(6):
                 transport.issue(row, REQUEST)
             assert set(tape.issues) == {0, 1}
@@ -352,15 +266,8 @@ def test_waiting_under_a_cap_is_counted_and_nothing_is_lost() -> None:
 def test_without_a_cap_connections_grow_with_the_queries_outstanding() -> None:
     async def test() -> None:
         gate = asyncio.Event()
-
-        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
-            while True:
-                await read_request(reader)
-                await gate.wait()
-                writer.write(OK)
-
-        tape = Tape()
-        async with serving(script) as url, opened(url, tape) as transport:
+        tape = Tape(keep=False)
+        async with serving(ok_behind(gate)) as url, opened(url, tape) as transport:
             for row in range(50):
                 transport.issue(row, REQUEST)
             await until(lambda: len(tape.issues) == 50)
@@ -434,7 +341,7 @@ def test_an_early_reply_ends_the_query_and_the_connection() -> None:
         await always_ok(reader, writer, number)
 
     async def test() -> None:
-        tape = Tape()
+        tape = Tape(keep=False)
         async with serving(script) as url, opened(url, tape, max_connections=1) as transport:
             transport.issue(0, encode_request("POST", "/", "test", [], bytes(32 << 20)))
             end = await tape.of(0)
@@ -460,7 +367,7 @@ def test_bytes_nobody_asked_for_close_an_idle_connection() -> None:
                 await reader.read()
             await always_ok(reader, writer, number)
 
-        tape = Tape()
+        tape = Tape(keep=False)
         async with serving(script) as url, opened(url, tape, max_connections=1) as transport:
             transport.issue(0, REQUEST)
             await tape.of(0)
@@ -479,7 +386,7 @@ def test_queries_that_never_got_a_connection_are_given_back() -> None:
         await reader.read()
 
     async def test() -> None:
-        tape = Tape()
+        tape = Tape(keep=False)
         async with serving(hang) as url, opened(url, tape, max_connections=1) as transport:
             for row in range(3):
                 transport.issue(row, REQUEST)
@@ -496,28 +403,15 @@ def test_queries_that_never_got_a_connection_are_given_back() -> None:
 
 def test_our_own_host_running_out_of_files_is_our_fault() -> None:
     async def test() -> None:
-        tape = Tape()
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-
+        tape = Tape(keep=False)
         async with serving(one_reply) as url, opened(url, tape) as transport:
             transport.issue(0, REQUEST)
             await tape.of(0)
             # The transport grew ahead by one connection; both are closed by the server.
             await until(lambda: transport.stats.connections_opened == 2 and transport.stats.connections_open == 0)
-            probe = socket.socket()
-            resource.setrlimit(resource.RLIMIT_NOFILE, (probe.fileno(), hard))
-            probe.close()
-            taken = []
-            try:
-                with contextlib.suppress(OSError):
-                    while True:
-                        taken.append(socket.socket())
+            with no_descriptor_left():
                 transport.issue(1, REQUEST)
                 end = await tape.of(1)
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-                for sock in taken:
-                    sock.close()
             assert end.outcome is Outcome.CLIENT
             assert end.detail == "connect: Too many open files"
 
@@ -525,14 +419,10 @@ def test_our_own_host_running_out_of_files_is_our_fault() -> None:
 
 
 def test_tls_with_a_private_authority() -> None:
-    authority = trustme.CA()
-    server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(server_tls)
-    client_tls = ssl.create_default_context()
-    authority.configure_trust(client_tls)
+    server_tls, client_tls = tls_pair()
 
     async def test() -> None:
-        tape = Tape()
+        tape = Tape(keep=False)
         async with serving(always_ok, server_tls) as url:
             async with opened(url, tape, connections=2, ssl_context=client_tls) as transport:
                 for row in range(4):
@@ -547,6 +437,6 @@ def test_tls_with_a_private_authority() -> None:
 def test_an_unresolvable_host_is_named() -> None:
     async def test() -> None:
         with pytest.raises(TransportError, match=r"no-such-host\.invalid: cannot be resolved"):
-            await HttpTransport("http://no-such-host.invalid", Tape()).open(1)
+            await HttpTransport("http://no-such-host.invalid", Tape(keep=False)).open(1)
 
     run(test())

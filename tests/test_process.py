@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import is_gone, until
 from servebench_servers.host import free_port
 from servebench_servers.process import ServerProcess
 
@@ -50,18 +50,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     yield start_python
     for process in started:
         process.stop(grace_s=0)
-
-
-def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
-    """Wait for an event that must come; the limit only bounds a failing test."""
-    give_up = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < give_up, "the event did not come"
-        time.sleep(0.005)
-
-
-def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_runs_as_leader_of_its_own_session_with_both_streams_in_the_log(start):

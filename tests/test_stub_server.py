@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -11,24 +12,24 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import stubs
 import tritonclient.http as triton
 from servebench_servers.stub import StubLauncher, StubOptions
 from servebench_servers.stub_faults import Faults
 from servebench_servers.stub_queue import Service, service_times_ns, simulate
+from stubs import NOTHING, count, reset, stamps
 from tritonclient.utils import InferenceServerException
 
 from servebench.clock import now_ns
 from servebench.errors import LaunchError
 from servebench.launcher import RunningServer, find_launcher
 
-NOTHING = {"kind": "constant", "mean_ms": 0.0}
-Start = Callable[..., RunningServer]
+start, shared, instant = stubs.start, stubs.shared, stubs.instant  # pytest finds its fixtures here
 
 
 def infer_request(document: dict[str, Any] | None = None, *, raw: bytes = bytes(64), headers: str = "") -> bytes:
@@ -87,57 +88,9 @@ class UnclosedReader:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    servers = []
-
-    def start_stub(**options: Any) -> RunningServer:
-        servers.append(StubLauncher().launch("m", StubOptions(**options), tmp_path))
-        return servers[-1]
-
-    yield start_stub
-    for server in servers:
-        server.stop()
-
-
-@pytest.fixture
 def connect() -> Iterator[Callable[[RunningServer], RawClient]]:
-    clients = []
-
-    def open_connection(server: RunningServer) -> RawClient:
-        clients.append(RawClient(server))
-        return clients[-1]
-
-    yield open_connection
-    for client in clients:
-        client.close()
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A stub that takes no time."""
-    server = StubLauncher().launch("m", StubOptions(service=NOTHING), tmp_path_factory.mktemp("stub"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def instant(shared: RunningServer) -> RunningServer:
-    reset(shared)
-    return shared
-
-
-def reset(server: RunningServer) -> None:
-    with urllib.request.urlopen(urllib.request.Request(f"{server.urls['http']}/stub/reset", method="POST")) as response:
-        assert response.status == 200
-
-
-def stamps(server: RunningServer) -> dict[str, np.ndarray]:
-    with urllib.request.urlopen(f"{server.urls['http']}/stub/stamps") as response:
-        return {name: np.array(column, dtype=np.int64) for name, column in json.load(response).items()}
-
-
-def count(server: RunningServer) -> int:
-    return len(stamps(server)["arrival_ns"])
+    with contextlib.ExitStack() as stack:
+        yield lambda server: stack.enter_context(contextlib.closing(RawClient(server)))
 
 
 def triton_client(server: RunningServer) -> triton.InferenceServerClient:

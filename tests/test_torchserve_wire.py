@@ -1,4 +1,4 @@
-"""TorchServe's request and reply bodies, as pure bytes; its own server is the oracle in test_torchserve_launcher.py."""
+"""TorchServe's request and reply bodies, as pure bytes; its own server is the oracle in test_torchserve_server.py."""
 
 import json
 import struct

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from launchers import HELDOUT, refusal
 from numpy.typing import NDArray
+from processes import alive, children, family
 from pydantic import ValidationError
 from servebench_servers import triton, triton_install
 from servebench_servers.host import choose_ports
@@ -71,13 +73,6 @@ def test_the_entry_point_is_this_launcher() -> None:
 
 
 # ---- checks before anything starts ---------------------------------------------------------
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(LaunchError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_unknown_model_lists_the_known_ones(tmp_path: Path) -> None:
@@ -321,10 +316,6 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., T
     return launch
 
 
-def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
-
-
 def test_scripted_server_that_is_ready(scripted: Callable[..., TritonServer]) -> None:
     server = scripted(SCRIPTED.replace("BATCH", "16").replace("READY", "200"))
     try:
@@ -392,7 +383,7 @@ def test_no_triton_at_all_has_no_torchscript(tmp_path: Path, monkeypatch: pytest
     assert "none is installed; use container" in refusal(lambda: launch_torchscript(tmp_path / "work"))
 
 
-def test_torchscript_on_a_full_triton(tmp_path: Path, heldout: dict[str, NDArray[Any]]) -> None:
+def test_torchscript_on_a_full_triton(tmp_path: Path) -> None:
     """The server is a script; what it would load is the network, and its backends are looked for in the installation."""
     torch = pytest.importorskip("torch")
     script = SCRIPTED.replace("BATCH", "16").replace("READY", "200")
@@ -415,8 +406,8 @@ def test_torchscript_on_a_full_triton(tmp_path: Path, heldout: dict[str, NDArray
         network = torch.jit.load(tmp_path / "work" / "model_repository" / "digits" / "1" / "model.pt")
     for rows in (1, 16):
         with torch.inference_mode():
-            logits = network(torch.from_numpy(heldout["IMAGE"][:rows])).numpy()
-        np.testing.assert_allclose(logits, heldout["LOGITS"][:rows], rtol=1e-3, atol=1e-4)
+            logits = network(torch.from_numpy(HELDOUT["IMAGE"][:rows])).numpy()
+        np.testing.assert_allclose(logits, HELDOUT["LOGITS"][:rows], rtol=1e-3, atol=1e-4)
 
 
 # ---- the real server -----------------------------------------------------------------------
@@ -429,15 +420,6 @@ def shm_regions(server: TritonServer | None = None) -> list[Path]:
         argument = next(text for text in server.describe()["command"] if "shm-region-prefix-name=" in text)
         prefix = argument.partition("shm-region-prefix-name=")[2]
     return sorted(Path("/dev/shm").glob(f"{prefix}*"))
-
-
-def processes(server: TritonServer) -> list[psutil.Process]:
-    leader = psutil.Process(server.describe()["pid"])
-    return [leader, *leader.children(recursive=True)]
-
-
-def alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def client_of(server: TritonServer) -> Any:
@@ -468,50 +450,39 @@ def client(server: TritonServer) -> Iterator[Any]:
         yield connected
 
 
-@pytest.fixture(scope="module")
-def heldout() -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in ("heldout", "golden", "labels"):
-        with np.load(DIGITS.folder / f"{name}.npz") as file:
-            arrays |= dict(file)
-    return arrays
-
-
 @needs_wheel
 @pytest.mark.triton
-def test_one_held_out_image(client: Any, heldout: dict[str, NDArray[Any]]) -> None:
-    logits = infer(client, heldout["IMAGE"][7:8])
+def test_one_held_out_image(client: Any) -> None:
+    logits = infer(client, HELDOUT["IMAGE"][7:8])
     assert logits.shape == (1, 10)
-    assert logits.argmax() == heldout["LOGITS"][7].argmax()
-    np.testing.assert_allclose(logits, heldout["LOGITS"][7:8], rtol=1e-3, atol=1e-4)
+    assert logits.argmax() == HELDOUT["LOGITS"][7].argmax()
+    np.testing.assert_allclose(logits, HELDOUT["LOGITS"][7:8], rtol=1e-3, atol=1e-4)
 
 
 @needs_wheel
 @pytest.mark.triton
-def test_all_held_out_images_in_batches_of_16(client: Any, heldout: dict[str, NDArray[Any]]) -> None:
-    logits = np.concatenate([infer(client, heldout["IMAGE"][start : start + 16]) for start in range(0, 360, 16)])
-    np.testing.assert_allclose(logits, heldout["LOGITS"], rtol=1e-3, atol=1e-4)
-    assert (logits.argmax(axis=1) == heldout["LABEL"]).mean() > 0.97
+def test_all_held_out_images_in_batches_of_16(client: Any) -> None:
+    logits = np.concatenate([infer(client, HELDOUT["IMAGE"][start : start + 16]) for start in range(0, 360, 16)])
+    np.testing.assert_allclose(logits, HELDOUT["LOGITS"], rtol=1e-3, atol=1e-4)
+    assert (logits.argmax(axis=1) == HELDOUT["LABEL"]).mean() > 0.97
 
 
 @needs_wheel
 @pytest.mark.triton
-def test_concurrent_requests_are_joined_and_each_gets_its_own_answer(
-    server: TritonServer, client: Any, heldout: dict[str, NDArray[Any]]
-) -> None:
+def test_concurrent_requests_are_joined_and_each_gets_its_own_answer(server: TritonServer, client: Any) -> None:
     def statistics() -> dict[str, Any]:
         numbers: dict[str, Any] = client.get_inference_statistics("digits")["model_stats"][0]
         return numbers
 
     def three_rows(first: int) -> NDArray[Any]:
         with client_of(server) as own:  # tritonclient's are for one thread each
-            return np.concatenate([infer(own, heldout["IMAGE"][row : row + 1]) for row in range(first, first + 3)])
+            return np.concatenate([infer(own, HELDOUT["IMAGE"][row : row + 1]) for row in range(first, first + 3)])
 
     before = statistics()
     with ThreadPoolExecutor(16) as threads:
         answers = np.concatenate(list(threads.map(three_rows, range(0, 48, 3))))
     after = statistics()
-    np.testing.assert_allclose(answers, heldout["LOGITS"][:48], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(answers, HELDOUT["LOGITS"][:48], rtol=1e-3, atol=1e-4)
     assert after["inference_count"] - before["inference_count"] == 48
     assert after["execution_count"] - before["execution_count"] < 24  # 3 if all sixteen are in step
 
@@ -535,7 +506,7 @@ def test_description_agrees_with_the_server_and_the_files(server: TritonServer, 
 @needs_wheel
 @pytest.mark.triton
 def test_listens_on_loopback_only(server: TritonServer) -> None:
-    listening = [c.laddr for p in processes(server) for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    listening = [c.laddr for p in family(server) for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert {address.port for address in listening} == {int(url.split(":")[2].split("/")[0]) for url in server.urls.values()}
     assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
 
@@ -543,7 +514,7 @@ def test_listens_on_loopback_only(server: TritonServer) -> None:
 @needs_wheel
 @pytest.mark.triton
 def test_a_second_server_from_another_installation_and_its_end(
-    server: TritonServer, client: Any, heldout: dict[str, NDArray[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: TritonServer, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = triton_install.find_installation(None)
     binary = make_triton(tmp_path, f'#!/bin/sh\nexec {wheel.server} "$@"\n', wheel.stub.read_bytes())
@@ -555,9 +526,9 @@ def test_a_second_server_from_another_installation_and_its_end(
     second = TritonLauncher().launch("digits", options, tmp_path / "work")
     try:
         with client_of(second) as other:
-            np.testing.assert_allclose(infer(other, heldout["IMAGE"][:4]), heldout["LOGITS"][:4], rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(infer(other, HELDOUT["IMAGE"][:4]), HELDOUT["LOGITS"][:4], rtol=1e-3, atol=1e-4)
             assert "dynamic_batching" not in other.get_model_config("digits")
-        members = processes(second)
+        members = family(second)
         assert len(members) == 2 and all(member.cpu_affinity() == [cpu] for member in members)
         assert len(shm_regions(second)) == 1
     finally:
@@ -567,7 +538,7 @@ def test_a_second_server_from_another_installation_and_its_end(
     assert shm_regions(second) == []
     choose_ports({name: int(url.split(":")[2].split("/")[0]) for name, url in second.urls.items()})  # all free again
     second.stop()
-    assert infer(client, heldout["IMAGE"][:1]).shape == (1, 10)  # the first is untouched
+    assert infer(client, HELDOUT["IMAGE"][:1]).shape == (1, 10)  # the first is untouched
     assert len(shm_regions(server)) == 1
 
 
@@ -591,9 +562,7 @@ def test_corrupt_weights_fail_the_launch_and_leave_nothing(tmp_path: Path) -> No
 
 @needs_wheel
 @pytest.mark.triton
-def test_weights_of_the_hub_cache_are_what_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heldout: dict[str, NDArray[Any]]
-) -> None:
+def test_weights_of_the_hub_cache_are_what_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     network = importlib.import_module("servebench_servers.models.digits.network").build().eval()
     snapshot = tmp_path / "hub" / "models--me--my-digits" / "snapshots" / "c0ffee"
@@ -606,11 +575,11 @@ def test_weights_of_the_hub_cache_are_what_answers(
     try:
         facts = server.describe()
         with client_of(server) as client:
-            answer = infer(client, heldout["IMAGE"][:4])
+            answer = infer(client, HELDOUT["IMAGE"][:4])
     finally:
         server.stop()
     with torch.inference_mode():
-        np.testing.assert_allclose(answer, network(torch.from_numpy(heldout["IMAGE"][:4])).numpy(), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(answer, network(torch.from_numpy(HELDOUT["IMAGE"][:4])).numpy(), rtol=1e-3, atol=1e-4)
     assert facts["weights"]["origin"] == "hub cache, me/my-digits@main, commit c0ffee, pytorch_model.bin"
 
 
@@ -619,7 +588,7 @@ def test_weights_of_the_hub_cache_are_what_answers(
 def test_a_killed_server_is_seen_and_swept(tmp_path: Path) -> None:
     weights = Path(shutil.copy(DIGITS.weights_path, tmp_path / "mine.pt"))
     killed = TritonLauncher().launch("digits", TritonOptions(weights=weights), tmp_path / "work")
-    members = processes(killed)
+    members = family(killed)
     assert killed.describe()["weights"]["origin"] == str(weights)
     members[0].kill()
     os.waitid(os.P_PID, members[0].pid, os.WEXITED | os.WNOWAIT)  # the end of it, left for stop to collect
