@@ -92,7 +92,7 @@ def synthetic_run(
         "output_check": {"kept": 256, "checked": 256, "wrong": 0, "first_wrong": None, "golden": False},
         "clocks": {"start": _clocks(0), "end": _clocks(end_ns)},
         "server": {"url": "http://127.0.0.1:8000"},
-        "host_cpu": {"steal_share": 0.0, "throttled": 0},
+        "host_cpu": {"steal_share": 0.0, "client_steal_share": 0.0, "throttled": 0},
     }
     run = RunData(
         facts=facts,

@@ -444,6 +444,25 @@ def test_a_cpu_that_others_had_is_named_when_queries_were_late() -> None:
     assert trust_of(with_facts(noisy_run([60] * 20), little))[1].keys() == {"lateness"}
 
 
+def test_a_cpu_that_the_hypervisor_took_is_named_when_queries_were_late() -> None:
+    stolen = {"host_cpu.client_steal_share": 0.012}
+    assert trust_of(with_facts(CLEAN, stolen)) == ("VALID", {})
+    reasons = trust_of(with_facts(noisy_run([60] * 20), stolen))[1]
+    assert reasons.keys() == {"lateness", "cpu_steal"}
+    assert reasons["cpu_steal"]["text"] == "the hypervisor gave 1.2% of the client's CPU time to others"
+    assert reasons["lateness"]["remedy"] == reasons["cpu_steal"]["remedy"] == "measure on a quieter or a dedicated machine"
+    little = {"host_cpu.client_steal_share": 0.01}
+    assert trust_of(with_facts(noisy_run([60] * 20), little))[1].keys() == {"lateness"}
+
+
+def test_steal_is_one_reason_and_no_excuse_for_a_full_core() -> None:
+    late = noisy_run([60] * 20)
+    much = {"host_cpu.client_steal_share": 0.2, "host_cpu.steal_share": 0.1}
+    assert trust_of(with_facts(late, much))[1]["cpu_steal"]["measured"] == 0.2
+    for cause in ({"workers.0.stats.cpu_s": 19.5}, {"workers.0.stats.cpu_wait_s": 2.0, "workers.0.stats.wall_s": 20.0}):
+        assert "client.workers" in trust_of(with_facts(late, much | cause))[1]["lateness"]["remedy"]
+
+
 # --- achieved rate -------------------------------------------------------------------------
 
 

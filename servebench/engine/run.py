@@ -47,7 +47,7 @@ from servebench.errors import LaunchError, RunError, ServebenchError
 from servebench.launcher import RunningServer
 from servebench.profile import Profile
 from servebench.record.columns import Columns
-from servebench.record.environment import collect_environment, cpu_times, throttled_periods
+from servebench.record.environment import CpuTimes, collect_environment, throttled_periods
 from servebench.record.progress import ProgressReader, Snapshot
 from servebench.record.replies import read_replies
 from servebench.record.rundir import ENVIRONMENT, FACTS, SERVER, RunDirectory
@@ -196,15 +196,16 @@ class _Run:
         facts["start_ns"] = start_ns
         facts["clocks"] = {"start": _clocks(), "end": None}
         self._directory.write_json(FACTS, facts)
-        stolen, total = cpu_times()
+        allowed = os.sched_getaffinity(0)
+        watched = {"steal_share": allowed, "client_steal_share": profile.client.cpus or allowed}
+        before = {name: CpuTimes.now(cpus) for name, cpus in watched.items()}
         throttled = throttled_periods()
         self._observer.phase("measuring", duration_s=facts["schedule"]["last_offset_ns"] / 1e9)
         ends: list[WorkerEnd] = await self._watched("columns", self._fleet.measure(start_ns, rows))
         facts["clocks"]["end"] = _clocks()
-        stolen_now, total_now = cpu_times()
         throttled_now = throttled_periods()
         facts["host_cpu"] = {
-            "steal_share": (stolen_now - stolen) / max(1, total_now - total),
+            **{name: times.stolen_share_until(CpuTimes.now(watched[name])) for name, times in before.items()},
             "throttled": None if throttled is None or throttled_now is None else throttled_now - throttled,
         }
         return ends

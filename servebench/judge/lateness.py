@@ -51,7 +51,8 @@ DEGRADED_ACHIEVED = 0.995
 #: Issued this long after the last query was due still counts as within the schedule: short runs end on a late query.
 ACHIEVED_GRACE_NS = 10_000_000
 
-_MORE_CLIENT = "give the client cores of its own (client.cpus), use more client.workers or a lower rate"
+#: What helps a client whose event loop was late, if it could have had its CPUs.
+MORE_CLIENT = "give the client cores of its own (client.cpus), use more client.workers or a lower rate"
 _MORE_CONNECTIONS = "raise client.max_connections, or leave it out"
 _MORE_CHANNELS = "raise client.channels, or the server's limit of concurrent streams"
 _WARMER = "open more connections ahead with client.warm_connections"
@@ -171,7 +172,7 @@ def _stalls(evidence: Evidence) -> list[Reason]:
         f"the event loop of worker {longest['worker']} stood still for {say_time(longest['duration_ns'])} "
         f"at {say_time(longest['at_ns'])}, no less than the bound of {promise.text!r}"
     )
-    return [Reason("loop_stall", "INVALID", text, _MORE_CLIENT, longest["duration_ns"], promise.bound_ns)]
+    return [Reason("loop_stall", "INVALID", text, MORE_CLIENT, longest["duration_ns"], promise.bound_ns)]
 
 
 def _delays_of_a_bound(evidence: Evidence, lateness: Lateness) -> list[Reason]:
@@ -239,7 +240,7 @@ def _charge(blame: Blame, allowed: float, severity: Severity, text: str, measure
         if blame.cap > blame.loop:
             text += f": {blame.cap:,} of them waited under client.max_connections"
             return [Reason("connection_cap", severity, text, _MORE_CONNECTIONS, measured, bound)]
-        return [Reason("lateness", severity, f"{text}: the client's event loop was late", _MORE_CLIENT, measured, bound)]
+        return [Reason("lateness", severity, f"{text}: the client's event loop was late", MORE_CLIENT, measured, bound)]
     if blame.opening > allowed:
         text += f": {blame.opening:,} of them waited for a connection to open"
         return [Reason("connection_opening", "DEGRADED", text, _WARMER, measured, bound)]

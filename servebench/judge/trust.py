@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from servebench.judge.evidence import Evidence, Reason, Severity
-from servebench.judge.lateness import LATE_FLOOR_NS, lateness_reasons, longest_stalls
+from servebench.judge.lateness import LATE_FLOOR_NS, MORE_CLIENT, lateness_reasons, longest_stalls
 from servebench.judge.wording import say_queries, say_share, say_time
 from servebench.record.histogram import HIGHEST_TRACKABLE_NS
 from servebench.record.outcome import Outcome
@@ -33,12 +34,13 @@ CLOCK_FLOOR_NS = 10_000_000
 SUSPEND_FLOOR_NS = 50_000_000
 #: CPU time of a worker, as a share of one core, from which on it has no time left to be punctual.
 FULL_CORE_SHARE = 0.9
-#: Time that a worker was ready to run while others had its CPU, as a share: when 1 % of the queries are late, it explains them.
-CPU_WAIT_SHARE = 0.01
-#: CPU time that the hypervisor gave to others, as a share.
+#: Time that others had a worker's CPU, as a share: when 1 % of the queries are late, it explains them.
+LOST_CPU_SHARE = 0.01
+#: CPU time of the whole host that the hypervisor gave to others, as a share: it slows the server, too.
 STEAL_SHARE = 0.05
 
 _RERUN = "run again"
+_QUIETER = "measure on a quieter or a dedicated machine"
 _OWN_FAULT = "the run directory is damaged or was written by a faulty version; run again"
 
 
@@ -49,6 +51,7 @@ def judge_trust(evidence: Evidence) -> dict[str, Any]:
     reasons += _full_core(evidence, late)
     if late:
         reasons += _cpu_wait(evidence)
+        reasons = _with_steal_named(evidence, reasons)
     reasons.sort(key=lambda reason: reason.severity != "INVALID")
     verdict: Trust = reasons[0].severity if reasons else "VALID"
     return {
@@ -320,7 +323,7 @@ def _host_cpu(evidence: Evidence) -> list[Reason]:
     steal, throttled = host.get("steal_share") or 0.0, host.get("throttled") or 0
     if steal > STEAL_SHARE:
         text = f"the hypervisor gave {say_share(steal)} of this machine's CPU time to others"
-        reasons.append(Reason("cpu_steal", "DEGRADED", text, "measure on a quieter or a dedicated machine", steal, STEAL_SHARE))
+        reasons.append(Reason("cpu_steal", "DEGRADED", text, _QUIETER, steal, STEAL_SHARE))
     if throttled:
         text = f"this container was throttled {throttled:,} times for using up its CPU quota"
         reasons.append(Reason("cpu_throttled", "DEGRADED", text, "raise the container's CPU limit", throttled, 0))
@@ -347,11 +350,23 @@ def _cpu_wait(evidence: Evidence) -> list[Reason]:
     for worker in evidence.run.workers:
         stats = worker.get("stats") or {}
         share = (stats.get("cpu_wait_s") or 0) / (stats.get("wall_s") or 1)
-        if share > CPU_WAIT_SHARE:
+        if share > LOST_CPU_SHARE:
             text = f"worker {worker['worker']} was ready to run for {say_share(share)} of the time while others had its CPU"
             remedy = "keep the server and all else off the client's CPUs (client.apart, client.cpus)"
-            reasons.append(Reason("cpu_wait", "DEGRADED", text, remedy, share, CPU_WAIT_SHARE))
+            reasons.append(Reason("cpu_wait", "DEGRADED", text, remedy, share, LOST_CPU_SHARE))
     return reasons
+
+
+def _with_steal_named(evidence: Evidence, reasons: list[Reason]) -> list[Reason]:
+    """``reasons`` of a late client, where the hypervisor had its CPUs: more of them would be stolen as well."""
+    share = evidence.run.section("host_cpu").get("client_steal_share") or 0.0
+    if share <= LOST_CPU_SHARE:
+        return reasons
+    if not any(reason.code in ("worker_cpu", "cpu_wait") for reason in reasons):
+        reasons = [replace(reason, remedy=_QUIETER) if reason.remedy == MORE_CLIENT else reason for reason in reasons]
+    text = f"the hypervisor gave {say_share(share)} of the client's CPU time to others"
+    steal = Reason("cpu_steal", "DEGRADED", text, _QUIETER, share, LOST_CPU_SHARE)
+    return [*(reason for reason in reasons if reason.code != steal.code), steal]
 
 
 _RULES: tuple[Callable[[Evidence], list[Reason]], ...] = (

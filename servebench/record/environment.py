@@ -6,6 +6,8 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Collection
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,25 @@ def collect_environment() -> dict[str, Any]:
     }
 
 
-def cpu_times() -> tuple[int, int]:
-    """(stolen, total) CPU ticks of the host since boot: the difference of two calls tells what a hypervisor took."""
-    fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-    return fields[7], sum(fields)
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """CPU time since boot, in ticks: what a hypervisor took from us, and all of it."""
+
+    stolen: int
+    total: int
+
+    @classmethod
+    def now(cls, cpus: Collection[int]) -> CpuTimes:
+        """Of these CPUs together."""
+        wanted = {f"cpu{cpu}" for cpu in cpus}
+        lines = [line.split() for line in Path("/proc/stat").read_text(encoding="ascii").splitlines()]
+        # user, nice, system, idle, iowait, irq, softirq, steal; guest time, which follows, is in user time
+        rows = [[int(field) for field in fields[1:9]] for fields in lines if fields[0] in wanted]
+        return cls(sum(row[7] for row in rows), sum(map(sum, rows)))
+
+    def stolen_share_until(self, later: CpuTimes) -> float:
+        """The share of the time between two readings that the hypervisor gave to others."""
+        return (later.stolen - self.stolen) / max(1, later.total - self.total)
 
 
 def throttled_periods() -> int | None:
