@@ -6,20 +6,18 @@ nginx process on one core, no logs, no disk; the request's body is read and drop
 
 from __future__ import annotations
 
-import http.client
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import psutil
-from servebench_servers.host import free_port
-from servebench_servers.process import ServerProcess
+from servebench_servers.host import free_port, get
 
+from benchmarks.scratch_server import ScratchServer
 from servebench.wire.kserve import infer_path, model_path
 from servebench.wire.tensors import TensorSpec
 
@@ -58,7 +56,6 @@ _BINARY_HEAD = (
 )
 #: More than an open loop that fell behind for some seconds opens; `listen` queues as many as the kernel allows.
 _MAX_CONNECTIONS = 32_768
-_READY_DEADLINE_S = 10.0
 _TEMP_PATHS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
@@ -114,56 +111,37 @@ def render_config(
     )
 
 
-class NullServer:
-    """A running null server on the given CPUs; use it as a context manager, from the main thread.
+class NullServer(ScratchServer):
+    """A running null server."""
 
-    Raises `LaunchError` with nginx's own words when it does not start.
-    """
-
+    name = "nginx"
     endpoint: dict[str, Any] = {"model": MODEL, "tensor_format": "json"}  # noqa: RUF012 - read only
+    saturating_connections: int | None = 64
     replies: Mapping[str, str] = REPLIES
     body_limit = _BODY_LIMIT
 
     def __init__(self, nginx: str, cpus: Sequence[int]) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="null-server-")
-        directory = Path(self._scratch.name)
-        facts = build_facts(nginx)
-        version = re.search(r"nginx/\S+", facts)
+        self._nginx = nginx
+        self._facts = build_facts(nginx)
+        version = re.search(r"nginx/\S+", self._facts)
         self.version = version[0] if version else "nginx"
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
+        super().__init__(cpus)
+
+    def prepare(self, directory: Path) -> list[str]:
+        """The configuration file."""
         config = directory / "nginx.conf"
-        rendered = render_config(self._port, directory, facts, replies=self.replies, body_limit=self.body_limit)
+        rendered = render_config(self._port, directory, self._facts, replies=self.replies, body_limit=self.body_limit)
         config.write_text(rendered, encoding="utf-8")
-        argv = [nginx, "-p", str(directory), "-c", str(config)]
+        return [self._nginx, "-p", str(directory), "-c", str(config)]
+
+    def is_ready(self) -> bool:
+        """What KServe's readiness says."""
         try:
-            self._process = ServerProcess("nginx", argv, directory / "nginx.log", cpus=cpus)
-            self._process.wait_ready(self._is_ready, _READY_DEADLINE_S)
-        except BaseException:
-            self._scratch.cleanup()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.stop()
-        self._scratch.cleanup()
-
-    def cpu_s(self) -> float:
-        """CPU time that nginx has used so far, in seconds."""
-        times = psutil.Process(self._process.pid).cpu_times()
-        return float(times.user + times.system)
-
-    def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=1)
-        try:
-            connection.request("GET", "/v2/health/ready")
-            return connection.getresponse().status == http.client.OK
-        except (OSError, http.client.HTTPException):
+            return get(self._port, "/v2/health/ready")[0] == HTTPStatus.OK
+        except (OSError, HTTPException):
             return False
-        finally:
-            connection.close()
 
 
 class PayloadServer(NullServer):

@@ -14,15 +14,11 @@ import json
 import re
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
-import psutil
 import uvloop
-from servebench_servers.process import ServerProcess
 from servebench_servers.stub import StubOptions
 from servebench_servers.stub_connection import Connection, Exchange
 from servebench_servers.stub_faults import Fault
@@ -30,12 +26,12 @@ from servebench_servers.stub_kserve import json_reply, reply
 from servebench_servers.stub_server import StubServer
 
 from benchmarks.peers.base import Target
+from benchmarks.scratch_server import ScratchServer
 
 MODEL = "stub"
 PATH = "/v1/chat/completions"
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}).encode()
 _LISTENING = re.compile(r"^listening on (http://127\.0\.0\.1:\d+)$", re.MULTILINE)
-_READY_DEADLINE_S = 15.0
 _BACKLOG = 4096
 _USAGE = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
 _COMMON = {"id": "chatcmpl-0", "created": 0, "model": MODEL}
@@ -81,46 +77,30 @@ class ChatServer(StubServer):
             exchange.send(reply(503, b"").data)
 
 
-class OpenAIStub:
-    """A running stub on the given CPUs; use it as a context manager, from the main thread. Raises `LaunchError`."""
+class OpenAIStub(ScratchServer):
+    """A running stub."""
 
     name = "openai-stub"
 
     def __init__(self, cpus: Sequence[int], options: StubOptions) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="openai-stub-")
-        argv = [sys.executable, "-m", "benchmarks.openai_stub", "--config", options.model_dump_json()]
-        try:
-            log, root = Path(self._scratch.name) / "log", Path(__file__).parents[1]
-            self._process = ServerProcess(self.name, argv, log, cwd=root, cpus=cpus)
-            self._process.wait_ready(lambda: _LISTENING.search(self._process.log_tail()) is not None, _READY_DEADLINE_S)
-        except BaseException:
-            self._scratch.cleanup()
-            raise
-        listening = _LISTENING.search(self._process.log_tail())
-        assert listening is not None
-        self.url = listening[1]
+        self._options = options
+        super().__init__(cpus)
 
-    def __enter__(self) -> OpenAIStub:
-        return self
+    def prepare(self, directory: Path) -> list[str]:
+        """This module."""
+        return [sys.executable, "-m", "benchmarks.openai_stub", "--config", self._options.model_dump_json()]
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.stop()
-        self._scratch.cleanup()
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
+    def is_ready(self) -> bool:
+        """Whether it has said where it listens."""
+        listening = _LISTENING.search(self.log_tail())
+        if listening is not None:
+            self.url = listening[1]
+        return listening is not None
 
     @property
     def target(self) -> Target:
         """The query that peers send."""
         return Target(url=self.url, model=MODEL, path=PATH, body=BODY, headers=(("content-type", "application/json"),))
-
-    def cpu_s(self) -> float:
-        """CPU time that it has used so far, in seconds."""
-        times = psutil.Process(self._process.pid).cpu_times()
-        return float(times.user + times.system)
 
 
 async def serve(options: StubOptions) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from servebench.engine.run import run_profile
+from servebench.engine.run import Observer, run_profile
 from servebench.profile import parse_profile
 from servebench.record.progress import Snapshot
 from servebench.record.rundata import RunData
@@ -75,9 +75,14 @@ def run_own(
         "client": {"cpus": list(cpus), "pacing": pacing},
         "constraints": ["p99 <= 5s"],
     }
+    return run_settings(settings, _Silent())
+
+
+def run_settings(settings: dict[str, Any], observer: Observer) -> OwnRun:
+    """Run a profile in a directory that is gone afterwards. `ServebenchError` when it cannot be done."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         directory = Path(scratch) / "run"
         profile = parse_profile(settings, source="benchmarks.own_client")
-        if run_profile(profile, directory, command=["benchmarks.own_client"], observer=_Silent()) != "complete":
+        if run_profile(profile, directory, command=["benchmarks.own_client"], observer=observer) != "complete":
             raise KeyboardInterrupt
         return OwnRun(rewrite_reports(directory), read_run(directory))

@@ -31,21 +31,22 @@ class Spread:
 
 
 def rate_text(spread: Spread | None) -> str:
-    """Queries a second for a table: the median, and the outermost where they differ."""
-    if spread is None:
-        return "-"
-    if spread.lowest == spread.highest:
-        return f"{spread.median:,.0f}"
-    return f"{spread.median:,.0f} ({spread.lowest:,.0f} - {spread.highest:,.0f})"
+    """Queries a second for a table."""
+    return _text(spread, ",.0f")
 
 
 def ratio_text(spread: Spread | None) -> str:
     """A ratio for a table."""
+    return _text(spread, ".2f")
+
+
+def _text(spread: Spread | None, digits: str) -> str:
+    """The median, and the outermost where they differ."""
     if spread is None:
         return "-"
     if spread.lowest == spread.highest:
-        return f"{spread.median:.2f}"
-    return f"{spread.median:.2f} ({spread.lowest:.2f} - {spread.highest:.2f})"
+        return f"{spread.median:{digits}}"
+    return f"{spread.median:{digits}} ({spread.lowest:{digits}} - {spread.highest:{digits}})"
 
 
 def write_result(name: str, document: Mapping[str, Any], *, version: int = 1) -> Path:

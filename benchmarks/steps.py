@@ -6,30 +6,23 @@ the run is not INVALID. Each step is an ordinary run of an ordinary profile, jud
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from servebench.engine.run import run_profile
-from servebench.profile import parse_profile
+from benchmarks.own_client import OwnRun, run_settings
 from servebench.record.outcome import Outcome
 from servebench.record.progress import Snapshot
-from servebench.record.rundata import RunData
-from servebench.record.rundir import read_run
 from servebench.report.console import format_duration
-from servebench.report.rewrite import rewrite_reports
 
 MAX_DELAY_P99_NS = 1_000_000
 MIN_ON_TIME_SHARE = 0.995
 #: From the ladder's first rate on the worker spins between queries: below this share of its core, somebody else had the rest.
 SHARED_CORE_SHARE = 0.9
 WARMUP_S = 0.5
-#: More than one core sends; and few enough connections that what waits is in the client.
+#: More than one core sends.
 SATURATING_QPS = 250_000
-SATURATING_CONNECTIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +143,13 @@ class Server(Protocol):
     def endpoint(self) -> dict[str, Any]:
         """The profile's ``endpoint`` that asks it."""
 
+    @property
+    def saturating_connections(self) -> int | None:
+        """How many connections are few enough that, of too many queries, those that wait do so in the client.
+
+        None where a connection carries many at once.
+        """
+
     def cpu_s(self) -> float:
         """CPU time that it has used so far, in seconds."""
 
@@ -157,46 +157,40 @@ class Server(Protocol):
 def measure_step(server: Server, cpus: Sequence[int], target_qps: float, *, duration_s: float, transport: str = "wire") -> Step:
     """Run one worker on ``cpus`` against the server and judge the run. `ServebenchError` when it cannot be done."""
     phases = _Phases(server)
-    document, run = _run(server, cpus, target_qps, duration_s, {"transport": transport}, phases)
-    on_time = (run.issued_ns >= 0) & (run.issued_ns <= run.scheduled_ns.max() + MAX_DELAY_P99_NS)
-    return step_of(document, on_time_share=float(on_time.mean()), server_cpu_share=phases.server_cpu_share())
+    run = _run(server, cpus, target_qps, duration_s, {"transport": transport}, phases)
+    data = run.data
+    on_time = (data.issued_ns >= 0) & (data.issued_ns <= data.scheduled_ns.max() + MAX_DELAY_P99_NS)
+    return step_of(run.document, on_time_share=float(on_time.mean()), server_cpu_share=phases.server_cpu_share())
 
 
 def measure_saturated_qps(server: Server, cpus: Sequence[int], *, duration_s: float) -> float:
     """What one worker gets answered, a second, when more is due than it can send. `ServebenchError` when it cannot be done."""
-    client = {} if server.url.startswith("grpc") else {"max_connections": SATURATING_CONNECTIONS}
-    _, run = _run(server, cpus, SATURATING_QPS, duration_s, client, _Phases(server))
-    first_ns, last_ns = int(run.scheduled_ns.min()), int(run.scheduled_ns.max())
-    answered = (run.outcome == Outcome.OK) & (run.completed_ns <= last_ns)
+    client = {"max_connections": server.saturating_connections}
+    data = _run(server, cpus, SATURATING_QPS, duration_s, client, _Phases(server)).data
+    first_ns, last_ns = int(data.scheduled_ns.min()), int(data.scheduled_ns.max())
+    answered = (data.outcome == Outcome.OK) & (data.completed_ns <= last_ns)
     return float(answered.sum()) / (last_ns - first_ns) * 1e9
 
 
 def _run(
     server: Server, cpus: Sequence[int], target_qps: float, duration_s: float, client: dict[str, Any], phases: _Phases
-) -> tuple[dict[str, Any], RunData]:
-    profile = parse_profile(
-        {
-            "name": "ceiling",
-            "server": {"url": server.url},
-            "endpoint": server.endpoint,
-            "samples": {"source": "zero"},
-            "load": {
-                "target_qps": target_qps,
-                "arrivals": "mlperf",
-                "min_duration_s": duration_s,
-                "warmup_s": WARMUP_S,
-                "drain_timeout_s": 2,
-            },
-            "client": {"cpus": list(cpus), **client},
-            "constraints": ["p99 <= 50ms"],
+) -> OwnRun:
+    settings = {
+        "name": "ceiling",
+        "server": {"url": server.url},
+        "endpoint": server.endpoint,
+        "samples": {"source": "zero"},
+        "load": {
+            "target_qps": target_qps,
+            "arrivals": "mlperf",
+            "min_duration_s": duration_s,
+            "warmup_s": WARMUP_S,
+            "drain_timeout_s": 2,
         },
-        source="benchmarks.steps",
-    )
-    with tempfile.TemporaryDirectory(prefix="ceiling-") as scratch:
-        directory = Path(scratch) / "run"
-        if run_profile(profile, directory, command=["benchmarks.steps"], observer=phases) != "complete":
-            raise KeyboardInterrupt
-        return rewrite_reports(directory), read_run(directory)
+        "client": {"cpus": list(cpus), **client},
+        "constraints": ["p99 <= 50ms"],
+    }
+    return run_settings(settings, phases)
 
 
 _COLUMNS = (

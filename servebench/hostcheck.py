@@ -7,6 +7,7 @@ each failing state can be tested without a host that fails.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -47,6 +48,34 @@ class CheckGroup:
     def obstacle(self) -> HostCheck | None:
         """The first check that is failed or absent, None where there is none."""
         return next((check for check in self.checks if check.state in (State.FAIL, State.ABSENT)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolAnswer:
+    """What a command said: its exit code (None: it said nothing in time) and all its output."""
+
+    returncode: int | None
+    output: str
+
+
+def ask_tool(command: Sequence[str], timeout_s: float) -> ToolAnswer | None:
+    """Run a command to its end; None where there is none that can be run."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except (FileNotFoundError, PermissionError):
+        return None
+    except subprocess.TimeoutExpired:
+        return ToolAnswer(None, "")
+    return ToolAnswer(done.returncode, done.stdout)
 
 
 @runtime_checkable

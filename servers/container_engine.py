@@ -13,14 +13,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from servebench.errors import LaunchError
-from servebench.hostcheck import CheckGroup, HostCheck, State, from_launch_error
+from servebench.hostcheck import CheckGroup, HostCheck, State, ToolAnswer, ask_tool, from_launch_error
 
 Engine = Literal["docker", "podman"]
 ENGINES: tuple[Engine, ...] = ("docker", "podman")
@@ -46,32 +44,10 @@ class ContainerError(LaunchError):
     """The container could not be started, for a reason of the engine's rather than of the server in it."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineAnswer:
-    """What an engine said: its exit code and all its output. ``returncode`` None: it said nothing in time."""
-
-    returncode: int | None
-    output: str
-
-
-def ask_engine(engine: Engine, arguments: Sequence[str], timeout_s: float = _ANSWER_TIMEOUT_S) -> EngineAnswer | None:
+def ask_engine(engine: Engine, arguments: Sequence[str], timeout_s: float = _ANSWER_TIMEOUT_S) -> ToolAnswer | None:
     """Run the engine's command to its end; None where there is no such command."""
-    try:
-        done = subprocess.run(
-            [engine, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
-    except FileNotFoundError:
-        return None
-    except subprocess.TimeoutExpired:
-        return EngineAnswer(None, "")
-    return EngineAnswer(done.returncode, done.stdout.strip())
+    answer = ask_tool([engine, *arguments], timeout_s)
+    return None if answer is None else ToolAnswer(answer.returncode, answer.output.strip())
 
 
 def require_engine(engine: Engine) -> str:
@@ -79,7 +55,7 @@ def require_engine(engine: Engine) -> str:
     return engine_version(engine, ask_engine(engine, _VERSION_COMMAND[engine]))
 
 
-def engine_version(engine: Engine, answer: EngineAnswer | None) -> str:
+def engine_version(engine: Engine, answer: ToolAnswer | None) -> str:
     """The version in the engine's answer to being asked for it; `ContainerError` if that is no version."""
     if answer is None:
         raise ContainerError(f"there is no command {engine} on the PATH; {_INSTALL[engine]}")
@@ -162,7 +138,7 @@ def container_groups() -> list[CheckGroup]:
     return [engine_group(engine, answer, has_gpu=has_gpu, gpu_tool=gpu_tool) for engine, answer in answers.items()]
 
 
-def engine_group(engine: Engine, answer: EngineAnswer | None, *, has_gpu: bool, gpu_tool: str | None) -> CheckGroup:
+def engine_group(engine: Engine, answer: ToolAnswer | None, *, has_gpu: bool, gpu_tool: str | None) -> CheckGroup:
     """The checks of one engine. ``gpu_tool`` is a command of the NVIDIA Container Toolkit, None where there is none."""
     checks = []
     try:

@@ -1,8 +1,10 @@
-"""This machine, as launchers need to know it: its loopback address and ports, and what is installed."""
+"""This machine, as launchers need to know it: its loopback address, ports and who answers there, and what is installed."""
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
+import importlib.util
 import re
 import socket
 from collections.abc import Mapping
@@ -35,12 +37,29 @@ def choose_ports(wanted: Mapping[str, int]) -> dict[str, int]:
     return ports
 
 
+def get(port: int, path: str, *, headers: Mapping[str, str] | None = None, timeout_s: float = 2.0) -> tuple[int, bytes]:
+    """``GET`` from 127.0.0.1:``port``: status and body. `OSError` or `http.client.HTTPException` without an answer."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=timeout_s)
+    try:
+        connection.request("GET", path, headers=headers or {})
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
 def installed_version(distribution: str) -> str | None:
     """Version of an installed distribution, None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def package_file(name: str) -> Path | None:
+    """``__init__.py`` of an installed package, which is not imported; None where it is not installed."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin) if spec and spec.origin else None
 
 
 def memory_kills() -> int:

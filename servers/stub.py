@@ -7,10 +7,10 @@ can be computed (see `stub_queue`), and its own mistakes become visible.
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from servebench.errors import LaunchError
 from servebench.launcher import Launcher, RunningServer
 
+from .host import get
 from .process import ServerProcess
+from .running import RunningProcess
 from .stub_faults import Faults
 from .stub_queue import Service
 
@@ -63,55 +65,17 @@ class StubOptions(BaseModel):
     """Spin for the last 0.2 ms before a departure: exact to some microseconds, costs CPU. Else rely on the kernel's timer."""
 
 
-class RunningStub:
-    """A stub that answers."""
+class RunningStub(RunningProcess):
+    """A stub that answers. Its command line is its whole configuration."""
 
-    def __init__(
-        self, process: ServerProcess, urls: dict[str, str], no_grpc: str | None, model: str, options: StubOptions
-    ) -> None:
-        self._process = process
+    def __init__(self, process: ServerProcess, urls: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        super().__init__(process, facts=facts)
         self._urls = urls
-        self._no_grpc = no_grpc
-        self._model = model
-        self._options = options
 
     @property
     def urls(self) -> dict[str, str]:
         """``{"http": base URL, "grpc": base URL}``, the latter if gRPC is served."""
         return dict(self._urls)
-
-    @property
-    def tokens(self) -> dict[str, str]:
-        """None: it asks for no token."""
-        return {}
-
-    @property
-    def log_path(self) -> Path:
-        """What the stub wrote; nothing but its address, if all is well."""
-        return self._process.log_path
-
-    def describe(self) -> dict[str, Any]:
-        """Name, version, command, process id, model, whether it serves gRPC, and the queue in words and as options."""
-        options = self._options
-        limit = "no limit" if options.queue_limit is None else f"at most {options.queue_limit} waiting"
-        return {
-            "name": StubLauncher.name,
-            "version": version("servebench"),
-            "command": list(self._process.argv),
-            "pid": self._process.pid,
-            "model": self._model,
-            "service": f"{options.service}; one server, first come first served, {limit}",
-            "grpc": self._urls.get("grpc", f"not served: {self._no_grpc}"),
-            "config": options.model_dump(mode="json"),
-        }
-
-    def config_files(self) -> list[Path]:
-        """None: the command line holds the whole configuration, and `describe` repeats it."""
-        return []
-
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self._process.exit_code()
 
     def stop(self) -> None:
         """End it; idempotent."""
@@ -141,19 +105,28 @@ class StubLauncher:
         urls = {"http": f"http://127.0.0.1:{port}"}
         if "url" in grpc:
             urls["grpc"] = grpc["url"]
-        return RunningStub(process, urls, grpc.get("reason"), model, options)
+        return RunningStub(process, urls, _facts(model, options, urls.get("grpc", f"not served: {grpc.get('reason')}")))
+
+
+def _facts(model: str, options: StubOptions, grpc: str) -> dict[str, Any]:
+    """Name, version, model, whether it serves gRPC, and the queue in words and as options."""
+    limit = "no limit" if options.queue_limit is None else f"at most {options.queue_limit} waiting"
+    return {
+        "name": StubLauncher.name,
+        "version": version("servebench"),
+        "model": model,
+        "service": f"{options.service}; one server, first come first served, {limit}",
+        "grpc": grpc,
+        "config": options.model_dump(mode="json"),
+    }
 
 
 def _ask_about_grpc(port: int) -> dict[str, str]:
     """Where the stub serves gRPC, or why it does not. Raises `LaunchError`."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_DEADLINE_S)
     try:
-        connection.request("GET", "/stub/grpc")
-        answer: dict[str, str] = json.load(connection.getresponse())
+        answer: dict[str, str] = json.loads(get(port, "/stub/grpc", timeout_s=_ANSWER_DEADLINE_S)[1])
     except OSError as error:
         raise LaunchError(f"{StubLauncher.name} listens, but does not answer: {error}") from error
-    finally:
-        connection.close()
     return answer
 
 

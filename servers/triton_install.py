@@ -13,7 +13,6 @@ environment of the first ``python3`` on the PATH, so that has to be ours.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from servebench.errors import LaunchError
 
-from .host import installed_version
+from .host import installed_version, package_file
 
 WHEEL = "nvidia-pytriton"
 SERVER_NAME = "tritonserver"
@@ -210,8 +209,8 @@ def _named_server(binary: str, search_path: str | None) -> Path:
 
 
 def _wheel_site_packages() -> Path | None:
-    spec = importlib.util.find_spec("pytriton")
-    return Path(spec.origin).parent.parent if spec and spec.origin else None
+    package = package_file("pytriton")
+    return None if package is None else package.parent.parent
 
 
 def _wheel_root(site_packages: Path) -> Path:

@@ -289,7 +289,7 @@ def contest_of(clean_qps: float | None, saturated_qps: float, peers: dict[str, f
 def test_the_floor_decides_the_exit_code(rate_qps: int | None, code: int, words: str) -> None:
     found = contest_of(rate_qps, 30_000, {})
     assert floor_line(found, ceiling.FLOOR_QPS).startswith(words)
-    assert ceiling.exit_code(found) == code
+    assert ceiling.CEILING.exit_code(found) == code
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_the_floor_decides_the_exit_code(rate_qps: int | None, code: int, words:
     ],
 )
 def test_ratios_to_peers_that_ran_are_floors_too(peers: dict[str, float], code: int) -> None:
-    assert ceiling.exit_code(contest_of(25_000, 30_000, peers)) == code
+    assert ceiling.CEILING.exit_code(contest_of(25_000, 30_000, peers)) == code
 
 
 def test_without_nginx_one_line_says_what_to_install(
@@ -428,7 +428,7 @@ def test_a_real_step_against_nginx() -> None:
 )
 def test_the_grpc_floors_decide_the_exit_code(clean_qps: int, peer_qps: int | None, code: int, words: str) -> None:
     found = contest_of(clean_qps, 60_000, {} if peer_qps is None else {"grpc.aio": peer_qps})
-    assert ceiling_grpc.exit_code(found) == code
+    assert ceiling_grpc.CEILING.exit_code(found) == code
     (line,) = goal_lines(found, [Goal("clean", "grpc.aio", 3.0)], "Floor")
     assert line.startswith(words)
 

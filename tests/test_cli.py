@@ -27,7 +27,8 @@ from servebench.profile import Profile, bundled_profiles
 
 def written(tmp_path: Path, **changes: Any) -> Path:
     """A valid profile file, with top-level sections replaced."""
-    data = profile_data(constraints=["p99 <= 50ms"], load={"target_qps": 100, "min_duration_s": 1})
+    # A bound so wide that queries that a busy machine makes late do not void the run.
+    data = profile_data(constraints=["p99 <= 500ms"], load={"target_qps": 100, "min_duration_s": 1})
     path = tmp_path / "profile.yaml"
     path.write_text(yaml.safe_dump(data | changes))
     return path
@@ -333,17 +334,19 @@ def test_help_teaches(tmp_path: Path, arguments: list[str], words: list[str]) ->
 
 def test_serve_keeps_a_server_up_until_interrupted(tmp_path: Path) -> None:
     process = start_command("serve", "stub", "--set", "service={kind: constant, mean_ms: 1}", cwd=tmp_path)
-    assert process.stdout is not None
-    lines = []
-    while not lines or not lines[-1].startswith("Test it"):
-        lines.append(process.stdout.readline())
-        assert lines[-1], process.communicate()
-    url = next(line.split()[1] for line in lines if line.startswith("http"))
-    path = written(tmp_path, server={"url": url})
-    done = command("run", str(path), "--set", "load.min_query_count=700", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    process.send_signal(2)
-    _, err = process.communicate(timeout=10)
+    try:
+        assert process.stdout is not None
+        lines = []
+        while not lines or not lines[-1].startswith("Test it"):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.communicate()
+        url = next(line.split()[1] for line in lines if line.startswith("http"))
+        path = written(tmp_path, server={"url": url})
+        done = command("run", str(path), "--set", "load.min_query_count=700", cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        process.send_signal(2)
+        _, err = process.communicate(timeout=10)
     assert process.returncode in (0, 130), err
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))

@@ -29,7 +29,6 @@ from servebench_servers.container import (
 )
 from servebench_servers.container_engine import (
     ContainerError,
-    EngineAnswer,
     engine_group,
     engine_version,
     explain_failure,
@@ -42,7 +41,7 @@ from servebench_servers.torchserve import TorchServeLauncher, TorchServeOptions
 from servebench_servers.triton import TritonLauncher, TritonOptions
 
 from servebench.errors import LaunchError
-from servebench.hostcheck import State
+from servebench.hostcheck import State, ToolAnswer
 
 HERE = Path(__file__).resolve().parent
 IMAGE = "example.org/server:1.2"
@@ -371,15 +370,15 @@ def test_options_are_checked() -> None:
 @pytest.mark.parametrize(
     ("answer", "state", "fix"),
     [
-        pytest.param(EngineAnswer(0, "28.2.2"), State.OK, None, id="works"),
+        pytest.param(ToolAnswer(0, "28.2.2"), State.OK, None, id="works"),
         pytest.param(None, State.ABSENT, "install Docker Engine", id="absent"),
-        pytest.param(EngineAnswer(None, ""), State.FAIL, "restart its service", id="hangs"),
+        pytest.param(ToolAnswer(None, ""), State.FAIL, "restart its service", id="hangs"),
         pytest.param(
-            EngineAnswer(1, "Cannot connect to the Docker daemon at tcp://h:1."), State.FAIL, "start it", id="no daemon"
+            ToolAnswer(1, "Cannot connect to the Docker daemon at tcp://h:1."), State.FAIL, "start it", id="no daemon"
         ),
     ],
 )
-def test_the_doctors_view_of_an_engine(answer: EngineAnswer | None, state: State, fix: str | None) -> None:
+def test_the_doctors_view_of_an_engine(answer: ToolAnswer | None, state: State, fix: str | None) -> None:
     group = engine_group("docker", answer, has_gpu=False, gpu_tool=None)
     (check,) = group.checks
     assert check.state is state
@@ -389,13 +388,13 @@ def test_the_doctors_view_of_an_engine(answer: EngineAnswer | None, state: State
 
 
 def test_gpus_need_the_toolkit_but_do_not_stop_a_launch() -> None:
-    group = engine_group("podman", EngineAnswer(0, "5.4.0"), has_gpu=True, gpu_tool=None)
+    group = engine_group("podman", ToolAnswer(0, "5.4.0"), has_gpu=True, gpu_tool=None)
     assert [check.state for check in group.checks] == [State.OK, State.WARN]
     assert "nvidia-ctk cdi generate" in (group.checks[1].fix or "")
     assert group.obstacle is None
-    with_tool = engine_group("podman", EngineAnswer(0, "5.4.0"), has_gpu=True, gpu_tool="nvidia-ctk")
+    with_tool = engine_group("podman", ToolAnswer(0, "5.4.0"), has_gpu=True, gpu_tool="nvidia-ctk")
     assert with_tool.checks[1].state is State.OK
-    assert engine_version("podman", EngineAnswer(0, "5.4.0")) == "5.4.0"
+    assert engine_version("podman", ToolAnswer(0, "5.4.0")) == "5.4.0"
 
 
 # What an image holds: the servers of this environment, with the container's files and ports put where they are outside.

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import runpy
-import subprocess
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from servebench.hostcheck import CheckGroup, HostCheck, State
+from servebench.hostcheck import CheckGroup, HostCheck, State, ToolAnswer, ask_tool
 
 _TOOL_TIMEOUT_S = 4.0
 
@@ -78,14 +77,6 @@ KINDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class ToolAnswer:
-    """A vendor's tool: exit code (None: no answer in time) and what it printed."""
-
-    returncode: int | None
-    output: str
-
-
-@dataclass(frozen=True, slots=True)
 class DeviceFacts:
     """What the device checks look at, by name of the kind. An answer of None: there is no such tool."""
 
@@ -136,22 +127,7 @@ def check_device(kind: Kind, facts: DeviceFacts) -> HostCheck:
 
 
 def _ask(kind: Kind) -> ToolAnswer | None:
-    try:
-        done = subprocess.run(
-            kind.command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=_TOOL_TIMEOUT_S,
-            check=False,
-        )
-    except (FileNotFoundError, PermissionError):
-        return None
-    except subprocess.TimeoutExpired:
-        return ToolAnswer(None, "")
-    return ToolAnswer(done.returncode, done.stdout)
+    return ask_tool(kind.command, _TOOL_TIMEOUT_S)
 
 
 def _torch_builds(version_file: Path) -> dict[str, str | None]:

@@ -21,7 +21,6 @@ import ssl
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 from yarl import URL
@@ -31,6 +30,7 @@ from servebench.errors import TransportError
 from servebench.record.outcome import Outcome
 from servebench.transport.base import Sink, Transport
 from servebench.transport.connecting import connect, connect_outcome, connect_reason, resolve
+from servebench.transport.http import read_address
 from servebench.transport.reference import Query, ReferenceTransport
 from servebench.wire.http1 import MAX_HEADER_BYTES
 
@@ -74,13 +74,8 @@ class AiohttpTransport(ReferenceTransport):
         timeout_s: float = 10.0,
     ) -> None:
         super().__init__(sink)
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or parts.hostname is None:
-            raise TransportError(f"{url}: not an http:// or https:// address")
-        self._host = parts.hostname
-        self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        self._origin = URL.build(scheme=parts.scheme, host=self._host, port=self._port)
-        self._ssl = (ssl_context or ssl.create_default_context()) if parts.scheme == "https" else None
+        self._host, self._port, self._ssl = read_address(url, ssl_context)
+        self._origin = URL.build(scheme="https" if self._ssl else "http", host=self._host, port=self._port)
         self._max_connections = max_connections
         self._timeout_s = timeout_s
         self._calls: dict[int, _Call] = {}  # by the identity of the request object, which is one per sample

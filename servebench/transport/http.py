@@ -158,6 +158,23 @@ class Connection(asyncio.Protocol):
             pool.free(self)
 
 
+def read_address(url: str, ssl_context: ssl.SSLContext | None) -> tuple[str, int, ssl.SSLContext | None]:
+    """Host, port, and TLS settings (None for ``http://``) of a server; `TransportError` for what is not HTTP's address.
+
+    Without an ``ssl_context``, ``https://`` gets Python's defaults.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:  # a port that is none, a broken IPv6 address
+        raise TransportError(f"{url}: {error}") from None
+    if parts.scheme not in ("http", "https") or parts.hostname is None:
+        raise TransportError(f"{url}: not an http:// or https:// address")
+    if parts.scheme == "http":
+        return parts.hostname, port or 80, None
+    return parts.hostname, port or 443, ssl_context or ssl.create_default_context()
+
+
 def _unacknowledged_bytes(transport: asyncio.Transport) -> int:
     """What the kernel has sent or will send, and the other host has not acknowledged (SIOCOUTQ, in termios' name)."""
     answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
@@ -179,16 +196,7 @@ class HttpTransport:
         ssl_context: ssl.SSLContext | None = None,
         connect_timeout_s: float = 10.0,
     ) -> None:
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:  # a port that is none, a broken IPv6 address
-            raise TransportError(f"{url}: {error}") from None
-        if parts.scheme not in ("http", "https") or parts.hostname is None:
-            raise TransportError(f"{url}: not an http:// or https:// address")
-        self._host = parts.hostname
-        self._port = port or (443 if parts.scheme == "https" else 80)
-        self._ssl = (ssl_context or ssl.create_default_context()) if parts.scheme == "https" else None
+        self._host, self._port, self._ssl = read_address(url, ssl_context)
         self._max_connections = max_connections
         self._connect_timeout_s = connect_timeout_s
         self._address: Address | None = None
