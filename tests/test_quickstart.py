@@ -12,14 +12,13 @@ pytestmark = pytest.mark.triton
 def test_digits_on_triton_passes_and_can_be_trusted(tmp_path: Path) -> None:
     shared_memory = set(Path("/dev/shm").iterdir())
     shorter = [
-        "load.target_qps=200",  # a machine that gives a third of its time to others still has room for it
+        "load.target_qps=200",
         "load.min_duration_s=6",
-        "load.min_query_count=1500",
         "load.warmup_s=1",
-        "constraints=['p99 <= 250ms', 'errors < 1%']",
+        "constraints=['p99 <= 100ms', 'errors < 1%']",
     ]
     document = trusted_run("digits-triton-http", *(f"--set={one}" for one in shorter), cwd=tmp_path, timeout_s=120)
-    assert document["counts"]["ok"] == document["counts"]["planned"] >= 1500
+    assert document["counts"]["ok"] == document["counts"]["planned"] >= 2000
 
     # Every kept reply equals the golden logits of its held-out image: this is the model, not an echo.
     check = document["output_check"]

@@ -40,7 +40,7 @@ MAX_P99_ERROR = 0.05
 MAX_FLOOR_NS = 2_000_000
 MAX_TRIES = 6
 QUERIES = 1500
-#: Of them, at least so many must have been undisturbed.
+#: Of them, at least so many must have waited in an undisturbed busy period.
 MIN_COMPARED = 150
 #: What client or stub may be late by at their 99th percentile, where the machine did not stand still.
 MAX_DISTURBANCE_NS = 1_000_000
@@ -126,14 +126,16 @@ def loaded_run(
             _, data = run(settings, tmp_path / f"run-{attempt}")
             stamps = np.load(io.BytesIO(urlopen(f"{server.urls['http']}/stub/stamps?format=npy").read()))
         found = compared(data, witness)
+        if np.count_nonzero(found.undisturbed & ~found.found_idle) < MIN_COMPARED:
+            continue
         late_ns = (stamps["departure_ns"] - stamps["due_ns"])[found.undisturbed]  # first come, first served: in their order
         delay_ns = (data.issued_ns - data.scheduled_ns)[found.undisturbed]
         if client or options:  # a narrow client is late by design: there, by how much later than usual it turns round
             delay_ns = found.turnarounds_ns() - int(np.median(found.turnarounds_ns()))
-        enough = np.count_nonzero(found.undisturbed) >= MIN_COMPARED
-        if enough and not any(disturbed(values_ns) for values_ns in (delay_ns, late_ns)):
+        if not any(disturbed(values_ns) for values_ns in (delay_ns, late_ns)):
             return found
-    pytest.fail(f"the machine is too busy to compare with theory: {MAX_TRIES} tries were disturbed while no CPU stood still")
+    few = f"fewer than {MIN_COMPARED} queries that waited while no CPU stood still, or client or stub late for another reason"
+    pytest.fail(f"the machine is too busy to compare with theory: each of {MAX_TRIES} tries had {few}")
 
 
 def disturbed(late_ns: Times) -> bool:
@@ -178,8 +180,8 @@ def test_latency_from_the_send_would_fail_the_same_test(tmp_path: Path, protocol
     median_error_ns, p99_error = errors(response_ns(data)[found.undisturbed], predicted_ns[found.undisturbed])
     assert median_error_ns <= MAX_MEDIAN_ERROR_NS
     assert p99_error <= MAX_P99_ERROR
-    naive_median_error_ns, naive_p99_error = errors(service_time_ns(data), predicted_ns)
-    assert naive_median_error_ns > 5 * MAX_MEDIAN_ERROR_NS
+    naive_median_error_ns, naive_p99_error = errors(service_time_ns(data)[found.undisturbed], predicted_ns[found.undisturbed])
+    assert naive_median_error_ns > 3 * MAX_MEDIAN_ERROR_NS
     assert naive_p99_error > 10 * MAX_P99_ERROR
 
 

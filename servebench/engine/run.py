@@ -196,8 +196,7 @@ class _Run:
         facts["start_ns"] = start_ns
         facts["clocks"] = {"start": _clocks(), "end": None}
         self._directory.write_json(FACTS, facts)
-        allowed = os.sched_getaffinity(0)
-        watched = {"steal_share": allowed, "client_steal_share": profile.client.cpus or allowed}
+        watched = {"steal_share": None, "client_steal_share": profile.client.cpus}
         before = {name: CpuTimes.now(cpus) for name, cpus in watched.items()}
         throttled = throttled_periods()
         self._observer.phase("measuring", duration_s=facts["schedule"]["last_offset_ns"] / 1e9)

@@ -43,9 +43,9 @@ class CpuTimes:
     total: int
 
     @classmethod
-    def now(cls, cpus: Collection[int]) -> CpuTimes:
-        """Of these CPUs together."""
-        wanted = {f"cpu{cpu}" for cpu in cpus}
+    def now(cls, cpus: Collection[int] | None = None) -> CpuTimes:
+        """Of these CPUs together; None: of the whole host."""
+        wanted = {"cpu"} if cpus is None else {f"cpu{cpu}" for cpu in cpus}
         lines = [line.split() for line in Path("/proc/stat").read_text(encoding="ascii").splitlines()]
         # user, nice, system, idle, iowait, irq, softirq, steal; guest time, which follows, is in user time
         rows = [[int(field) for field in fields[1:9]] for fields in lines if fields[0] in wanted]
