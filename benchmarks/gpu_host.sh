@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Load-tests resnet50 and bert on Triton on the GPU of a bare host: no network, no docker, only Python and a folder of wheels.
+# Python must be 3.11 or 3.12 (of numpy below 2, which Triton needs, there are no wheels for later ones), glibc 2.35 or newer.
 #
 #   benchmarks/gpu_host.sh WHEELS [OUT]        (OUT: gpu-results)
 #
@@ -26,7 +27,9 @@ read -r -a profiles <<<"${PROFILES:-resnet50-mlperf bert-mlperf}"
 [ -n "$wheels" ] || die "which folder has the wheels? usage: benchmarks/gpu_host.sh WHEELS [OUT]"
 [ -d "$wheels" ] || die "$wheels: no such folder"
 [ -n "$(find "$wheels" -maxdepth 1 -name '*.whl' -print -quit)" ] || die "$wheels: no wheels in it; the head of this script says how to fill it"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "$python: Python 3.11 or newer is needed; set PYTHON"
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12)})' || die "$python: Python 3.11 or 3.12 is needed; set PYTHON"
+"$python" -c 'import platform, sys; name, version = platform.libc_ver(); sys.exit(name != "glibc" or [*map(int, version.split("."))] < [2, 35])' \
+    || die "this host's C library is not glibc 2.35 or newer, which Triton's wheel needs"
 gpus=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader) || die "nvidia-smi does not work: install or repair the NVIDIA driver"
 for profile in "${profiles[@]}"; do
     [ ! -e "$out/$profile" ] || die "$out/$profile is there already; choose another OUT"

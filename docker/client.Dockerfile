@@ -1,7 +1,9 @@
 # The client: servebench with everything to test servers over HTTP and gRPC, without torch.
 #   docker build -f docker/client.Dockerfile -t servebench/client:0.1.0 .
-#   docker run --rm --network host -v "$PWD/runs:/runs" servebench/client:0.1.0 run digits-triton-grpc \
+#   mkdir -p runs       (the engine would make it root's)
+#   docker run --rm --user "$(id -u):$(id -g)" --network host -v "$PWD/runs:/runs" servebench/client:0.1.0 run digits-triton-grpc \
 #     --set 'server={url: "grpc://127.0.0.1:8001"}' --out /runs/first
+# Without --user it is uid 1000, which can write no folder of another's.
 FROM python:3.11.11-slim-bookworm AS build
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./

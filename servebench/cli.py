@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
 
-    from servebench.launcher import RunningServer
+    from servebench.launcher import Launcher, RunningServer
 
 _EXIT_FAILURE, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
 _EXIT_CODES = """
@@ -253,12 +254,11 @@ def serve() -> None:
 
 def _serve_callback(name: str) -> Callable[..., None]:
     def callback(model: str, settings: tuple[str, ...], work: Path | None) -> None:
-        import signal
         import tempfile
 
         from pydantic import ValidationError
 
-        from servebench.engine.hosting import interrupting, launch_warnings, with_log
+        from servebench.engine.hosting import interrupting, with_kept_log, with_log
         from servebench.engine.serving import END_SIGNALS
         from servebench.launcher import find_launcher
         from servebench.profile import apply_overrides, describe_validation_error
@@ -273,25 +273,39 @@ def _serve_callback(name: str) -> Callable[..., None]:
         if work is not None:
             work.mkdir(parents=True, exist_ok=True)
         with interrupting(*END_SIGNALS), tempfile.TemporaryDirectory(prefix=f"servebench-{name}-") as scratch:
-            click.echo(f"servebench: starting {name}", err=True)
             try:
-                server = launcher.launch(model, options, work or Path(scratch))
-            except ProfileError as error:  # an option that does not fit the model
-                raise ProfileError(f"--set {error}") from None
+                _serve(launcher, model, options, work or Path(scratch))
             except LaunchError as error:
-                raise (error if work is None else with_log(error, name, work)) from None
-            for warning in launch_warnings(server.describe()):
-                click.echo(f"servebench: warning: {warning}", err=True)
-            try:
-                with contextlib.suppress(KeyboardInterrupt):  # a signal before the watch hears them
-                    _keep_up(name, server, model)
-            finally:
-                for number in END_SIGNALS:  # what is stopped half way, its files included, leaves something behind
-                    signal.signal(number, signal.SIG_IGN)
-                click.echo(f"servebench: stopping {name}", err=True)
-                server.stop()
+                if work is not None:
+                    raise with_log(error, name, work) from None
+                stem = re.sub(r"[^\w.-]+", "-", f"servebench-{name}-{model}-{_now()}")  # a model may be called a/b
+                raise with_kept_log(error, name, Path(scratch), Path(stem)) from None
 
     return callback
+
+
+def _serve(launcher: Launcher, model: str, options: BaseModel, work: Path) -> None:
+    """Start a server with its files in ``work``, keep it up until a signal comes, stop it."""
+    import signal
+
+    from servebench.engine.hosting import launch_warnings
+    from servebench.engine.serving import END_SIGNALS
+
+    click.echo(f"servebench: starting {launcher.name}", err=True)
+    try:
+        server = launcher.launch(model, options, work)
+    except ProfileError as error:  # an option that does not fit the model
+        raise ProfileError(f"--set {error}") from None
+    for warning in launch_warnings(server.describe()):
+        click.echo(f"servebench: warning: {warning}", err=True)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # a signal before the watch hears them
+            _keep_up(launcher.name, server, model)
+    finally:
+        for number in END_SIGNALS:  # what is stopped half way, its files included, leaves something behind
+            signal.signal(number, signal.SIG_IGN)
+        click.echo(f"servebench: stopping {launcher.name}", err=True)
+        server.stop()
 
 
 def _keep_up(name: str, server: RunningServer, model: str) -> None:
@@ -300,12 +314,14 @@ def _keep_up(name: str, server: RunningServer, model: str) -> None:
 
     from servebench.engine.run_lines import run_lines
     from servebench.engine.serving import watch
+    from servebench.report.console import render_server
     from servebench.report.serving import ServingView
 
-    width = max(len(kind) for kind in server.urls)
+    width = max(len(kind) for kind in (*server.urls, "server"))
     for kind, url in server.urls.items():
         click.echo(f"{kind:{width}}  {url}")
     click.echo(f"{'log':{width}}  {server.log_path}")
+    render_server(server.describe(), console=_console(), indent=width + 2)
     click.echo(f"{name} is ready and hosts {model!r}; Ctrl-C stops it.")
     lines = run_lines(name, server, model)
     click.echo("Test it:" if lines else "Test it with a profile whose samples fit it: servebench run --help")
@@ -320,10 +336,15 @@ def _public(arguments: list[str]) -> list[str]:
     return [f"{text.partition('=')[0]}=<redacted>" if "headers" in text and "=" in text else text for text in arguments]
 
 
-def _default_directory(name: str) -> Path:
+def _now() -> str:
+    """The local time, for names of files."""
     from datetime import datetime
 
-    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    return datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+
+
+def _default_directory(name: str) -> Path:
+    stamp = _now()
     directory = Path("runs") / f"{name}-{stamp}"
     number = 2
     while directory.exists():

@@ -55,7 +55,8 @@ _PRECISIONS = {
 }
 
 _DETECT_TIMEOUT_S = 120
-_DETECT = """
+#: What torch is asked, in a process of its own: prints counts by kind.
+DETECT = """
 import importlib, json, torch
 def count(kind):
     try:
@@ -166,8 +167,8 @@ def choose(name: str, present: Inventory) -> Placement:
     count = present.counts.get(kind, 0)
     missing = [number for number in numbers if number >= count]
     if count == 0 or missing:
-        what = f"{kind}:{missing[0]} is" if missing else f"no {kind} device is"
-        raise LaunchError(f"device: {what} there; {present.source} sees {_listed(present)}")
+        what = f"there is no {kind}:{missing[0]}" if missing else f"there is no {kind} device"
+        raise LaunchError(f"device: {what}; {present.source} sees {_listed(present)}")
     if kind in _NUMBERED:
         numbers = numbers or tuple(range(count))
         count = len(numbers)
@@ -192,7 +193,7 @@ def detect() -> Inventory:
         return Inventory({}, f"torch {version}")
     try:
         asked = subprocess.run(
-            [sys.executable, "-c", _DETECT % (ACCELERATORS,)],
+            [sys.executable, "-c", DETECT % (ACCELERATORS,)],
             capture_output=True,
             text=True,
             timeout=_DETECT_TIMEOUT_S,

@@ -33,7 +33,10 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "another program took the port; choose another, or 0 for a free one",
     ),
     (r"cannot run on CPUs", "choose CPUs that this process may use (taskset -p $$ lists them) in cpus"),
-    (r"No module named", "install it in the Python that runs servebench, or in the container's image"),
+    (
+        r"No module named",
+        "install it in the Python that runs the server: servebench's own, that of option python, or the container's image",
+    ),
 )
 _TOO_SLOW = "was not ready within"
 # How a Triton instance or a TorchServe worker that ended without a word is reported, and a server itself.

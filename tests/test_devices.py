@@ -88,9 +88,9 @@ def test_auto_says_what_it_chose_and_why() -> None:
 @pytest.mark.parametrize(
     ("name", "present", "message"),
     [
-        pytest.param("cuda", machine(), "no cuda device is there; torch 9.9 sees no accelerator", id="no GPU"),
-        pytest.param("cuda:0,2", machine(cuda=2), "cuda:2 is there; torch 9.9 sees 2 cuda", id="one too many"),
-        pytest.param("rocm", machine(cuda=1), "no rocm device is there; torch 9.9 sees 1 cuda", id="of another make"),
+        pytest.param("cuda", machine(), "there is no cuda device; torch 9.9 sees no accelerator", id="no GPU"),
+        pytest.param("cuda:0,2", machine(cuda=2), "there is no cuda:2; torch 9.9 sees 2 cuda", id="one too many"),
+        pytest.param("rocm", machine(cuda=1), "there is no rocm device; torch 9.9 sees 1 cuda", id="of another make"),
         pytest.param("hpu", machine(), "no hpu device", id="no Gaudi"),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_torch_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, fresh: Non
             "precision: cuda has no int8 here; it has fp32, bf16, fp16",
             id="int8 on a GPU",
         ),
-        pytest.param("bert", {"device": "xpu:0"}, "device: xpu:0 is there", id="a device that is not there"),
+        pytest.param("bert", {"device": "xpu:0"}, "device: there is no xpu:0; ", id="a device that is not there"),
         pytest.param(
             "delay",
             {"model_options": {"a_ms": -1}},
@@ -256,7 +256,7 @@ def test_facts_name_the_device_the_weights_and_the_threads() -> None:
     )
     assert (facts["device"], facts["device_reason"], facts["precision"]) == ("cpu", "asked for", "fp32")
     assert facts["threads"] == {"processes": 3, "each": 2, "total": 6, "cpus": 4}
-    assert facts["weights"]["origin"].startswith("random, seed 7, torch ") and facts["weights"]["sha256"] is None
+    assert facts["weights"]["origin"] == "random, seed 7" and facts["weights"]["sha256"] is None
     assert facts["model_options"] == {"size": "base"}
     assert [one["name"] for one in facts["inputs"]] == [spec.name for spec in MODELS["bert"].inputs]
     assert facts["outputs"] == [{"name": "LOGITS", "datatype": "FP32", "shape": [-1, -1, 2]}]

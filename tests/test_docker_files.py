@@ -67,6 +67,7 @@ SERVICE = {
         "stop_grace_period": {"type": "string", "pattern": "^[0-9]+s$"},
         "cpuset": {"type": "string"},
         "ulimits": {"type": "object"},
+        "user": {"type": "string"},
     },
 }
 FILE = {
@@ -208,6 +209,14 @@ def test_the_clients_command_is_one() -> None:
     assert [volume.rpartition(":")[2] for volume in client["volumes"]] == ["/runs"]
 
 
+def test_the_client_can_run_as_the_owner_of_the_folder_it_writes_to() -> None:
+    text = (DOCKER / "client.Dockerfile").read_text(encoding="utf-8")
+    (own,) = re.findall(r"--uid (\d+)", text)
+    assert services(DOCKER / "compose.client.yaml")["client"]["user"] == f"${{RUN_AS:-{own}:{own}}}"
+    (usage,) = re.findall(r"^#\s+docker run .*", text, re.MULTILINE)
+    assert '--user "$(id -u):$(id -g)"' in usage and "/runs:/runs" in usage
+
+
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
 def test_dockerfiles(path: Path) -> None:
     """Pinned, small, and not root where the image is ours from the ground up."""
@@ -296,8 +305,17 @@ elif arguments[:2] == ["-m", "pip"]:
 elif "torch" in " ".join(arguments):
     sys.exit("NO_CUDA" in os.environ)
 else:
+    if arguments[0] == "-c":
+        arguments[1] = os.environ.get("HOST", "") + arguments[1]
     os.execv(REAL, [REAL, *arguments])
 """
+
+
+# What other hosts' Pythons would say.
+OLD_PYTHON, NEW_PYTHON = ({"HOST": f"import sys; sys.version_info = {version}; "} for version in ((3, 10, 12), (3, 13, 0)))
+OLD_GLIBC, NO_GLIBC = (
+    {"HOST": f"import platform; platform.libc_ver = lambda: {library}; "} for library in (("glibc", "2.31"), ("", ""))
+)
 
 
 @pytest.fixture
@@ -360,6 +378,10 @@ def test_the_gpu_host_scripts_settings_fit_its_profiles(name: str) -> None:
         pytest.param([], {}, "which folder has the wheels? usage: ", id="no argument"),
         pytest.param(["nowhere"], {}, "nowhere: no such folder", id="no folder"),
         pytest.param(["bin"], {}, "bin: no wheels in it", id="no wheels"),
+        pytest.param(["wheels"], OLD_PYTHON, "python3: Python 3.11 or 3.12 is needed", id="a Python before 3.11"),
+        pytest.param(["wheels"], NEW_PYTHON, "python3: Python 3.11 or 3.12 is needed", id="a Python after 3.12"),
+        pytest.param(["wheels"], OLD_GLIBC, "not glibc 2.35 or newer", id="an old glibc"),
+        pytest.param(["wheels"], NO_GLIBC, "not glibc 2.35 or newer", id="another C library"),
         pytest.param(["wheels"], {"NO_DRIVER": "1"}, "nvidia-smi does not work", id="no driver"),
         pytest.param(["wheels"], {"PIP_FAILS": "setuptools"}, "lacks setuptools", id="no setuptools"),
         pytest.param(["wheels"], {"PIP_FAILS": f"{ROOT}[grpc,triton]"}, "lacks what pip names above", id="a wheel is missing"),

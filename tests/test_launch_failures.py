@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from servebench_servers import host
 from servebench_servers.models.options import HostingOptions, prepare
 from servebench_servers.remedies import explain, remedy_of
 
-from servebench.engine.hosting import launch_warnings, with_log
+from servebench.engine.hosting import launch_warnings, with_kept_log, with_log
 from servebench.errors import LaunchError
 from servebench.launcher import find_launcher
 
@@ -92,6 +93,21 @@ def test_weights_that_are_none_for_serve(tmp_path: Path, server: str) -> None:
     done = command("serve", server, "--model", "digits", "--set", "weights=mine.pt", "--dir", "here", cwd=tmp_path)
     assert "; give weights a file with weights of this network, or omit it" in refused(done)
     assert "does not hold the digits network's weights" in (tmp_path / "here" / f"{server}.log").read_text()
+
+
+@on_triton
+def test_a_failed_serve_without_a_folder_keeps_its_log_here(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.pt").write_bytes(b"not weights at all")
+    (tmp_path / "t").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
+    done = command("serve", server, "--model", "digits", "--set", "weights=mine.pt", cwd=tmp_path)
+    (log,) = tmp_path.glob("*.log")
+    assert re.fullmatch(rf"servebench-{server}-digits-\d{{8}}-\d{{6}}\.log", log.name)
+    assert refused(done).endswith(f"; give weights a file with weights of this network, or omit it; log: {log.name}")
+    assert "does not hold the digits network's weights" in log.read_text()
+    assert list((tmp_path / "t").iterdir()) == []
 
 
 @both_servers
@@ -336,6 +352,22 @@ def test_the_servers_own_log_is_named_before_others(tmp_path: Path) -> None:
     assert str(with_log(error, "torchserve", tmp_path)) == f"why; log: {tmp_path / 'torchserve.log'}"
     assert str(with_log(error, "mine", tmp_path)) == f"why; log: {tmp_path / 'logs' / 'model_log.log'}"
     assert with_log(error, "mine", tmp_path).log_tail == "tail"
+
+
+def test_a_kept_log_overwrites_nothing(tmp_path: Path) -> None:
+    error, keep_as = LaunchError("why", log_tail="tail"), tmp_path / "servebench-mine-1.2"
+    assert with_kept_log(error, "mine", tmp_path, keep_as) is error
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.log").write_text("its words")
+    for name in ("servebench-mine-1.2.log", "servebench-mine-1.2-2.log", "servebench-mine-1.2-3.log"):
+        told = with_kept_log(error, "mine", tmp_path / "work", keep_as)
+        assert (str(told), told.log_tail) == (f"why; log: {tmp_path / name}", "tail")
+        assert (tmp_path / name).read_text() == "its words"
+        (tmp_path / name).write_text("mine")
+    assert [log.read_text() for log in tmp_path.glob("*.log")] == ["mine"] * 3
+    told = with_kept_log(error, "mine", tmp_path / "work", tmp_path / "gone" / "x")
+    assert "File name too long" in str(with_kept_log(error, "mine", tmp_path / "work", tmp_path / ("x" * 300)))
+    assert str(told) == f"why; its log cannot be kept as {tmp_path / 'gone' / 'x.log'}: No such file or directory"
 
 
 def test_no_remedy_is_made_up() -> None:

@@ -295,6 +295,15 @@ def test_an_address_of_another_kind_is_refused(make: Make, url: str, kinds: str)
         make(url, Tape())
 
 
+@pytest.mark.parametrize(
+    ("make", "scheme"),
+    [pytest.param(aiohttp_transport, "http", id="aiohttp"), pytest.param(grpcio_transport, "grpc", id="grpcio")],
+)
+def test_a_port_that_is_none_is_refused(make: Make, scheme: str) -> None:
+    with pytest.raises(TransportError, match=f"{scheme}://a:b: Port could not be cast"):
+        make(f"{scheme}://a:b", Tape())
+
+
 def test_a_missing_grpcio_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("grpc", "grpc.aio"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -338,6 +339,7 @@ def paste(command: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
 def test_serving_ends_with_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     with served(tmp_path, monkeypatch, "stub", "--model", "toy") as one:
         assert "--set name=toy " in one.command
+        assert re.search(r"^server  stub [\d.]+; constant, mean 2 ms; one server, first come", "".join(one.said), re.MULTILINE)
         err = one.end(number)
         assert one.process.returncode == 0, err
         assert err.splitlines()[0] == "servebench: starting stub" and err.splitlines()[-1] == "servebench: stopping stub"
@@ -345,19 +347,36 @@ def test_serving_ends_with_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_server_that_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with served(tmp_path, monkeypatch, "stub") as one:
+    with served(tmp_path, monkeypatch, "stub", "--model", "a/b") as one:
         (stub,) = one.processes
         stub.kill()
         _, err = one.process.communicate(timeout=30)
         assert one.process.returncode == 1
-        assert err.splitlines()[-1] == "servebench: error: the server ended by itself (exit -9)"
+        *_, error = err.splitlines()
+        found = re.fullmatch(
+            r"servebench: error: the server ended by itself \(exit -9\); log: (servebench-stub-a-b-\d{8}-\d{6}\.log)", error
+        )
+        assert found and "listen" in (tmp_path / found[1]).read_text()
         nothing_is_left(one, tmp_path)
+
+
+def test_a_server_that_ends_by_itself_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(tmp_path, monkeypatch, "stub", "--dir", "here") as one:
+        (stub,) = one.processes
+        stub.kill()
+        _, err = one.process.communicate(timeout=30)
+        assert err.splitlines()[-1].endswith("(exit -9); log: here/stub.log")
+        assert list(tmp_path.glob("*.log")) == []
 
 
 @needs_triton
 @pytest.mark.triton
 def test_serving_triton_and_pasting_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(tmp_path, monkeypatch, "triton", "--model", "digits") as one:
+        said = " ".join("".join(one.said).split())
+        threads = r"; 1 process x 1 torch thread on \d+ CPUs?"
+        device = rf"(?:cpu \(auto: .*\), fp32{threads}|cuda\S* \(auto: .*\), fp32)"
+        assert re.search(rf" server triton [\d.]+ on {device}; weights: shipped, trained on scikit-learn digits", said)
         done = paste(one.command, tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert len(one.processes) >= 2

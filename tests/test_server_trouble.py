@@ -1,5 +1,6 @@
 """Real servers in trouble: a Triton that goes away, a TorchServe that is full, wants another token, or gets too much."""
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -8,11 +9,18 @@ from typing import Any
 
 import pytest
 from e2e import Quiet, assert_books_balance, run
+from scripted_peers import End, Tape
+from scripted_peers import run as run_async
 
+from servebench.clock import now_ns
 from servebench.errors import TransportError
 from servebench.launcher import RunningServer, find_launcher
 from servebench.profile import load_profile
+from servebench.record.outcome import Outcome
 from servebench.record.progress import Snapshot
+from servebench.record.rundata import RunData
+from servebench.transport.grpc import GrpcTransport
+from servebench.wire.grpc import call_headers, frame_message
 
 
 def launch(name: str, tmp_path: Path, **options: Any) -> RunningServer:
@@ -28,38 +36,83 @@ def settings(profile: str, url: str, **load: Any) -> dict[str, Any]:
     return data
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize(
-    ("framing", "number"),
-    [
-        # Over HTTP a Triton that was asked to stop goes on serving busy connections for half a minute.
-        pytest.param("http", signal.SIGKILL, id="HTTP, killed"),
-        pytest.param("grpc", signal.SIGINT, id="gRPC, stopped with a GOAWAY"),
-    ],
-)
-def test_a_triton_that_goes_away_mid_run(tmp_path: Path, framing: str, number: signal.Signals) -> None:
-    (tmp_path / "triton").mkdir()
-    server = launch("triton", tmp_path / "triton")
-    stopped: list[int] = []
+def run_until_triton_goes(
+    tmp_path: Path, server: RunningServer, framing: str, number: signal.Signals, **load: Any
+) -> tuple[dict[str, Any], RunData, int]:
+    """A run whose Triton gets a signal after a second: its judged document, its records, and when (`now_ns`) that was."""
+    sent_ns: list[int] = []
 
     def stop(snapshot: Snapshot) -> None:
-        if not stopped and snapshot.elapsed_s > 1:
-            stopped.append(server.describe()["pid"])
-            os.kill(stopped[0], number)
+        if not sent_ns and snapshot.elapsed_s > 1:
+            sent_ns.append(now_ns())
+            os.kill(server.describe()["pid"], number)
 
-    try:
-        data = settings(f"digits-triton-{framing}", server.urls[framing], target_qps=100, min_duration_s=6)
-        document, _ = run(data, tmp_path / "run", Quiet(stop))
-    finally:
-        server.stop()
-    assert stopped
+    document, data = run(settings(f"digits-triton-{framing}", server.urls[framing], **load), tmp_path / "run", Quiet(stop))
+    assert sent_ns
     assert document["verdict"] == "FAIL", document["trust"]["reasons"]
     assert_books_balance(document, tmp_path / "run")
+    return document, data, sent_ns[0]
+
+
+@pytest.fixture
+def triton(tmp_path: Path) -> Iterator[RunningServer]:
+    (tmp_path / "triton").mkdir()
+    server = launch("triton", tmp_path / "triton")
+    yield server
+    server.stop()
+
+
+@pytest.mark.triton
+def test_a_triton_that_is_killed_mid_run(tmp_path: Path, triton: RunningServer) -> None:
+    document, _, _ = run_until_triton_goes(tmp_path, triton, "http", signal.SIGKILL, target_qps=100, min_duration_s=6)
     assert document["counts"]["ok"] > 50
     kinds = {error["kind"] for error in document["errors"]}
     assert "connect" in kinds, "most of the rest was refused"
-    # A Triton on its way out refuses with a status; what it drops without a word is stale or reset; nothing is garbage.
-    assert kinds <= {"connect", "reset", "stale", "status", "timeout", "unfinished", "shed"}
+    # What it drops without a word is stale or reset; nothing is garbage.
+    assert kinds <= {"connect", "reset", "stale"}
+
+
+@pytest.mark.triton
+def test_a_triton_that_is_stopped_mid_run(tmp_path: Path, triton: RunningServer) -> None:
+    """Triton 2.51 unloads its models for some seconds, in which it refuses with a status; then come GOAWAY and the end.
+
+    SIGINT does the same. (Over HTTP it goes on serving busy connections for half a minute.)
+    """
+    load = {"target_qps": 100, "min_duration_s": 8}
+    document, data, sent_ns = run_until_triton_goes(tmp_path, triton, "grpc", signal.SIGTERM, **load)
+    before = (data.issued_ns > 0) & (data.issued_ns + data.facts["start_ns"] < sent_ns)
+    assert before.sum() > 50 and (data.outcome[before] == Outcome.OK).all(), "what was under way is answered"
+    assert {error["kind"] for error in document["errors"]} == {"status", "connect"}
+    assert {error["detail"] for error in document["errors"] if error["kind"] == "connect"} == {"connect: Connection refused"}
+
+
+@pytest.mark.triton
+def test_no_call_is_lost_to_the_goaway_of_a_triton(triton: RunningServer) -> None:
+    """Many calls are under way when it comes: each is answered, if only that the server exits, and those after find nobody."""
+    netloc = triton.urls["grpc"].removeprefix("grpc://")
+    block = call_headers(netloc, "/inference.GRPCInferenceService/ServerLive", tls=False, timeout_ns=None)
+    callers = 32
+
+    async def test() -> None:
+        async def call(row: int) -> End:
+            """Calls one after the other until one gets no reply; its end."""
+            while True:
+                transport.issue(row, frame_message(b""))
+                end = await tape.of(row)
+                if end.outcome not in (Outcome.OK, Outcome.STATUS):
+                    return end
+                row += callers
+
+        tape = Tape(keep=False)
+        transport = GrpcTransport(triton.urls["grpc"], tape, block, channels=2)
+        await transport.open(1)
+        os.kill(triton.describe()["pid"], signal.SIGTERM)
+        failed = await asyncio.gather(*map(call, range(callers)))
+        await transport.close()
+        assert {end.detail for end in failed} == {"connect: Connection refused"}
+        assert len(tape.order) > 10 * callers
+
+    run_async(test())
 
 
 @pytest.fixture(scope="module")

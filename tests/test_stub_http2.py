@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import socket
+import time
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,7 @@ from stub_calls import (
     service_pb2,
     triton,
 )
-from stubs import NOTHING, Start, stamps
+from stubs import NOTHING, Start, count, stamps
 
 from servebench.clock import now_ns
 
@@ -138,6 +141,45 @@ def test_what_is_not_http2_ends_the_connection(instant, connect):
     client.socket.sendall(rubbish[0])
     client.read_until()
     assert instant.log_path.read_text().count("\n") == 1  # no traceback
+
+
+# A backlog, as it waits after a freeze.
+
+BACKLOG = 250  # calls, in less than the 64 KiB that a new connection's receive buffer takes
+BACKLOG_FRAMES = [frame for number in range(BACKLOG) for frame in call_frames(2 * number + 1)]
+
+
+def test_replies_leave_between_the_turns_of_a_backlog(start, connect):
+    server = start(service={"kind": "constant", "mean_ms": 0.1})
+    client = connect(server)
+    client.send()
+    client.until_pong()
+    os.kill(server.describe()["pid"], signal.SIGSTOP)
+    client.send(*BACKLOG_FRAMES)
+    os.kill(server.describe()["pid"], signal.SIGCONT)
+    ends: list[int] = []
+    while len(ends) < BACKLOG:
+        last = client.read_until(frames.HeadersFrame)[-1]
+        ends += [last.stream_id] if "END_STREAM" in last.flags else []
+    assert ends == [2 * number + 1 for number in range(BACKLOG)]
+    seen = stamps(server)
+    assert len(seen["arrival_ns"]) == BACKLOG and (np.diff(seen["departure_ns"]) > 0).all()
+    # Read at once, all would have arrived before the first reply left; in turns of a few calls, few are still to leave.
+    assert np.count_nonzero(seen["departure_ns"] < seen["arrival_ns"][-1]) > BACKLOG / 2
+
+
+@pytest.mark.parametrize("elements", [16, 10_000], ids=["small-replies", "replies-that-nobody-takes"])
+def test_a_client_that_leaves_in_its_backlog_harms_nobody(start, connect, infer_on, elements):
+    server = start(service={"kind": "constant", "mean_ms": 0.1}, output_elements=elements)
+    leaving = connect(server, INITIAL_WINDOW_SIZE=1 << 24)
+    leaving.send(frames.WindowUpdateFrame(0, window_increment=1 << 30), *BACKLOG_FRAMES)
+    await_count(server, BACKLOG // 5)
+    leaving.close()
+    np.testing.assert_array_equal(output_of(infer_on(server)(REQUEST)), [np.arange(elements)])
+    arrived = 0
+    while arrived != (arrived := count(server)):  # the rest of the backlog, a turn of it every millisecond
+        time.sleep(0.1)
+    assert server.log_path.read_text().count("\n") == 1  # no traceback
 
 
 # Faults, each certain, as raw clients see them.

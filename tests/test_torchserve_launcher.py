@@ -31,6 +31,9 @@ from servebench.errors import LaunchError
         pytest.param({"weights": "no/such/file"}, "not point to a file", id="weights that are not there"),
         pytest.param({"java": "no/such/java"}, "not point to a file", id="a Java that is not there"),
         pytest.param({"cpus": []}, "at least 1", id="no CPU"),
+        pytest.param(
+            {"python": "PATH", "container": {"image": "ts"}}, "python is a program of this host", id="a Python, and a container"
+        ),
     ],
 )
 def test_options_refuse(settings: dict[str, Any], message: str) -> None:
@@ -50,6 +53,13 @@ def test_every_wanted_port_reaches_its_endpoint() -> None:
 def test_unknown_model_lists_the_known_ones(tmp_path: Path) -> None:
     text = refusal(lambda: TorchServeLauncher().launch("resnet", TorchServeOptions(), tmp_path))
     assert "'resnet'" in text and "known: bert, delay, digits" in text
+
+
+def test_a_python_that_will_not_do_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    options = TorchServeOptions(python=str(tmp_path / "python"))
+    text = refusal(lambda: TorchServeLauncher().launch("digits", options, tmp_path / "work"))
+    assert text.startswith(f"python: {tmp_path}/python: no such program; ")
+    assert not (tmp_path / "work").exists()
 
 
 # ---- why it did not start ------------------------------------------------------------------
@@ -161,8 +171,8 @@ def scripted(**changes: Any) -> str:
 
 @pytest.fixture
 def launch_scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TorchServeServer]:
-    monkeypatch.setattr(torchserve_install, "torchserve_home", lambda package_file: tmp_path)
-    monkeypatch.setattr(torchserve_install, "check_torch", lambda version: None)
+    monkeypatch.setattr(torchserve_install, "torchserve_home", lambda package_file, hint: tmp_path)
+    monkeypatch.setattr(torchserve_install, "check_torch", lambda version, hint: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
 

@@ -8,8 +8,11 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
+import sysconfig
 import time
+import venv
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -191,6 +194,7 @@ def test_description_agrees_with_the_server_and_the_files(server: TorchServeServ
     assert f"{computing}, numpy {facts['numpy']}, Python environment {sys.prefix}" in log
     assert f"Torchserve version: {facts['version']}" in log
     assert "Max heap size: 256 M" in log
+    assert facts["distribution"] == f"torchserve {facts['version']}"
 
 
 def test_listens_on_loopback_only(server: TorchServeServer) -> None:
@@ -268,6 +272,28 @@ def check_short_queue(server: TorchServeServer, authorization: str) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert set(threads.map(code, range(8))) == {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL}
+
+
+def test_another_environments_torchserve(tmp_path: Path) -> None:
+    """An environment that sees the installed packages, but not servebench, which is installed in another way."""
+    folder = tmp_path / "environment"
+    venv.create(folder, symlinks=True)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    (site_packages / "packages.pth").write_text(sysconfig.get_path("purelib"))
+    python = folder / "bin" / "python"
+    assert subprocess.run([python, "-c", "import servebench"], cwd="/", stderr=subprocess.PIPE, check=False).returncode == 1
+
+    options = TorchServeOptions(python=str(python), heap_mib=256)
+    running = TorchServeLauncher().launch("digits", options, tmp_path / "work")
+    try:
+        close_to(predict(running, HELDOUT["IMAGE"][:3]), HELDOUT["LOGITS"][:3])
+        facts = running.describe()
+        assert facts["distribution"] == f"torchserve {facts['version']} of {python}"
+        assert {process.cmdline()[0] for process in family(running)[1:]} == {str(python)}
+        computing = f"torch {facts['torch']} on cpu in fp32 with 1 thread(s), numpy {facts['numpy']}"
+        assert f"{computing}, Python environment {folder}\n" in running.log_path.read_text()
+    finally:
+        running.stop()
 
 
 def test_corrupt_weights_fail_the_launch_and_leave_nothing(tmp_path: Path) -> None:

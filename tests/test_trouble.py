@@ -100,11 +100,12 @@ def test_a_client_whose_cpu_others_use_says_so(tmp_path: Path) -> None:
 
 def test_a_rate_far_above_what_a_core_can_issue_is_invalid_and_ends_in_time(tmp_path: Path) -> None:
     with stub(tmp_path, service={"kind": "constant", "mean_ms": 0.01}) as server:
-        load = {"target_qps": 600_000, "min_duration_s": 1, "drain_timeout_s": 1, "arrivals": "constant"}
+        load = {"target_qps": 1_500_000, "min_duration_s": 1, "drain_timeout_s": 1, "arrivals": "constant"}
         begun_ns = now_ns()
         document, _ = run(profile_data(server.urls["http"], constraints=["p99 <= 50ms"], load=load), tmp_path / "run")
         assert now_ns() - begun_ns < 30e9
-    assert document["verdict"] == "INVALID"
+    assert exit_code(document["verdict"]) == 5
+    assert document["rates"]["target_qps"] >= 10 * document["rates"]["issued_qps"] > 0
     assert document["counts"]["shed"] > 0
     assert any("client" in reason["text"] for reason in document["trust"]["reasons"] if reason["severity"] == "INVALID")
     assert_books_balance(document, tmp_path / "run")
@@ -156,7 +157,9 @@ def test_faults_have_their_own_kind(tmp_path: Path, fault: dict[str, float], kin
     with stub(tmp_path, service={"kind": "constant", "mean_ms": 0.2}, faults={**fault, "seed": 1}) as server:
         load = {"target_qps": 400, "min_duration_s": 2, "timeout_s": 0.4, "drain_timeout_s": 2}
         data = profile_data(server.urls["http"], constraints=["p99.9 <= 300ms"], load=load, client={"warm_connections": 1})
+        begun_ns = now_ns()
         document, _ = run(data, tmp_path / "run")
+        assert now_ns() - begun_ns < 13e9, "no hang past the drain limit, 4 s after the first query"
     assert {error["kind"] for error in document["errors"]} == kinds
     assert document["verdict"] == "FAIL", document["reasons"]
     assert_books_balance(document, tmp_path / "run")

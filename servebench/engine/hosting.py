@@ -62,10 +62,36 @@ def launched(launcher: Launcher, model: str, options: BaseModel | None, folder: 
 
 
 def with_log(error: LaunchError, launcher: str, folder: Path) -> LaunchError:
-    """The error of a launch, with the place of the log that it left under ``folder``, if any; first the launcher's own."""
+    """The error of a server that could not start or ended, with the place of the log that it left under ``folder``, if any."""
+    log = _log_left(launcher, folder)
+    return error if log is None else LaunchError(f"{error}; log: {log}", log_tail=error.log_tail)
+
+
+def with_kept_log(error: LaunchError, launcher: str, folder: Path, keep_as: Path) -> LaunchError:
+    """`with_log` for a ``folder`` that is about to be removed: the log is copied to ``keep_as``.log.
+
+    Where that exists it is ``keep_as``-2.log and so on; nothing is overwritten. Where it cannot be copied the error says why.
+    """
+    log = _log_left(launcher, folder)
+    if log is None:
+        return error
+    kept, number = Path(f"{keep_as}.log"), 2
+    try:
+        while kept.exists():
+            kept, number = Path(f"{keep_as}-{number}.log"), number + 1
+        with log.open("rb") as source, kept.open("xb") as copy:
+            shutil.copyfileobj(source, copy)
+    except OSError as reason:
+        place = f"its log cannot be kept as {kept}: {reason.strerror}"
+    else:
+        place = f"log: {kept}"
+    return LaunchError(f"{error}; {place}", log_tail=error.log_tail)
+
+
+def _log_left(launcher: str, folder: Path) -> Path | None:
+    """The log that a server left under ``folder``, if any; first the launcher's own."""
     logs = [log for log in folder.rglob("*.log") if log.stat().st_size]
-    logs.sort(key=lambda log: (log.stem != launcher, log))
-    return LaunchError(f"{error}; log: {logs[0]}", log_tail=error.log_tail) if logs else error
+    return min(logs, key=lambda log: (log.stem != launcher, log), default=None)
 
 
 def launch_warnings(described: Mapping[str, Any]) -> list[str]:

@@ -37,6 +37,7 @@ _SERIES = (("response_time", "response"), ("service_time", "service"), ("issue_d
 _LABEL_WIDTH = 10
 _COLUMN_WIDTH = 13
 _MAX_TEXT_WIDTH = 110  #: longer lines are hard to read, however wide the terminal
+_COUNTED = "[num]?s|query|queries|process(?:es)?|torch|CPUs?"  #: words that stay with the number before them
 _ERRORS_SHOWN = 5
 _DETAIL_CHARACTERS = 300
 #: Response time that is not service time matters from this share of the response time on, unless it is tiny against the bound.
@@ -75,9 +76,17 @@ def render(run: Mapping[str, Any], *, console: Console, directory: Path | None =
     _print_rates(page, run)
     _print_checks(page, run)
     _print_trust(page, run)
+    if about := _server_facts(run.get("server") or {}):
+        page.item("Server", about)
     if directory is not None:
         page.literal("Run", f"{directory}")
         page.literal("Again", f"servebench report {shlex.quote(str(directory))}")
+
+
+def render_server(described: Mapping[str, Any], *, console: Console, indent: int) -> None:
+    """Print what the report says of a server, from its own description, behind a label ``indent`` characters wide."""
+    if about := _server_facts(described):
+        _Page(console).item("server", about, style="none", indent=indent)
 
 
 class _Page:
@@ -115,7 +124,7 @@ class _Page:
         self._print(Text.assemble((f"{label:<{_LABEL_WIDTH}}", "bold"), self._printable(text)))
 
     def _wrapped(self, text: str, indent: int) -> list[str]:
-        glued = re.sub(r"(?<=\d) (?=(?:[num]?s|query|queries)\b)", "\N{NO-BREAK SPACE}", self._printable(text))
+        glued = re.sub(rf"(?<=\d) (?=(?:{_COUNTED})\b)", "\N{NO-BREAK SPACE}", self._printable(text))
         lines = textwrap.wrap(glued, self._width - indent, break_on_hyphens=False) or [""]
         return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
@@ -234,9 +243,7 @@ def _equation(counts: Mapping[str, Any], total: str, parts: Iterable[str]) -> st
 def _print_errors(page: _Page, run: Mapping[str, Any]) -> None:
     errors = run.get("errors") or []
     for number, error in enumerate(errors[:_ERRORS_SHOWN]):
-        detail = " ".join(str(error.get("detail") or "").split())
-        if len(detail) > _DETAIL_CHARACTERS:
-            detail = detail[:_DETAIL_CHARACTERS] + " ..."
+        detail = _cut(" ".join(str(error.get("detail") or "").split()))
         detail += "".join(f" [{hint}]" for known, hint in _HINTS.items() if known in detail)
         example = f" (e.g. query {error['example']})" if error.get("example") is not None else ""
         text = f"{error.get('count') or 0:,} x {error.get('kind')}{': ' if detail else ''}{detail}{example}"
@@ -300,6 +307,40 @@ def _print_trust_reasons(page: _Page, run: Mapping[str, Any]) -> None:
     for reason in (run.get("trust") or {}).get("reasons") or []:
         remedy = f"; {reason['remedy']}" if reason.get("remedy") else ""
         page.marked(reason.get("severity") or "", f"{reason.get('code')}: {reason.get('text')}{remedy}.")
+
+
+def _server_facts(server: Mapping[str, Any]) -> str:
+    """The server in one sentence: what it is, where and how it computes, which weights it has; only what is known.
+
+    Servers and launchers of others describe themselves as they like, so nothing is taken to be there.
+    """
+    itself, threads, weights = (_mapping(server.get(key)) for key in ("metadata", "threads", "weights"))
+    name = server.get("name") or itself.get("name") or server.get("launch")
+    what = " ".join(str(word) for word in (name, server.get("version") or itself.get("version")) if word)
+    if server.get("launch") is None and server.get("url"):
+        what += f" at {server['url']}"
+    if server.get("device"):
+        what += f" on {server['device']}" + (f" ({server['device_reason']})" if server.get("device_reason") else "")
+    parts = [", ".join(str(word) for word in (what, server.get("precision")) if word), server.get("service")]
+    if server.get("device") == "cpu" and {"processes", "each", "cpus"} <= threads.keys():
+        each = _several(threads["each"], "torch thread")
+        parts.append(f"{_several(threads['processes'], 'process', 'es')} x {each} on {_several(threads['cpus'], 'CPU')}")
+    if weights.get("origin"):
+        parts.append(f"weights: {weights['origin']}")
+    return _cut("; ".join(str(part).strip() for part in parts if part))
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _several(count: object, noun: str, ending: str = "s") -> str:
+    return f"{count} {noun}{'' if count == 1 else ending}"
+
+
+def _cut(text: str) -> str:
+    """What somebody else says, no longer than a reader bears."""
+    return text if len(text) <= _DETAIL_CHARACTERS else text[:_DETAIL_CHARACTERS] + " ..."
 
 
 def _arrivals(claimed: str, checks: Mapping[str, Any], codes: Iterable[str | None]) -> str:

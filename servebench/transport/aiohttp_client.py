@@ -29,8 +29,7 @@ from servebench.clock import now_ns
 from servebench.errors import TransportError
 from servebench.record.outcome import Outcome
 from servebench.transport.base import Sink, Transport
-from servebench.transport.connecting import connect, connect_outcome, connect_reason, resolve
-from servebench.transport.http import read_address
+from servebench.transport.connecting import connect, connect_outcome, connect_reason, read_http_address, resolve
 from servebench.transport.reference import Query, ReferenceTransport
 from servebench.wire.http1 import MAX_HEADER_BYTES
 
@@ -74,7 +73,7 @@ class AiohttpTransport(ReferenceTransport):
         timeout_s: float = 10.0,
     ) -> None:
         super().__init__(sink)
-        self._host, self._port, self._ssl = read_address(url, ssl_context)
+        self._host, self._port, self._ssl = read_http_address(url, ssl_context)
         self._origin = URL.build(scheme="https" if self._ssl else "http", host=self._host, port=self._port)
         self._max_connections = max_connections
         self._timeout_s = timeout_s

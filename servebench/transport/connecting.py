@@ -1,4 +1,4 @@
-"""What every transport needs to open a connection: resolve once, connect without delay, say why not."""
+"""What every transport needs to open a connection: read the address, resolve once, connect without delay, say why not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 from typing import Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
 from servebench.errors import TransportError
 from servebench.record.outcome import Outcome
@@ -17,6 +18,36 @@ P = TypeVar("P", bound=asyncio.Protocol)
 
 #: Our own host ran out: never the server's fault.
 _CLIENT_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
+
+
+def read_http_address(url: str, ssl_context: ssl.SSLContext | None) -> tuple[str, int, ssl.SSLContext | None]:
+    """Host, port, and TLS settings (None for ``http://``) of a server; `TransportError` for what is not HTTP's address.
+
+    Without an ``ssl_context``, ``https://`` gets Python's defaults.
+    """
+    parts, port = _split(url)
+    if parts.scheme not in ("http", "https") or parts.hostname is None:
+        raise TransportError(f"{url}: not an http:// or https:// address")
+    if parts.scheme == "http":
+        return parts.hostname, port or 80, None
+    return parts.hostname, port or 443, ssl_context or ssl.create_default_context()
+
+
+def read_grpc_address(url: str) -> tuple[str, int, bool]:
+    """Host, port, and whether TLS is spoken with a server; `TransportError` for what is not gRPC's address."""
+    parts, port = _split(url)
+    if parts.scheme not in ("grpc", "grpcs") or parts.hostname is None or port is None:
+        raise TransportError(f"{url}: not a grpc:// or grpcs:// address with a port")
+    return parts.hostname, port, parts.scheme == "grpcs"
+
+
+def _split(url: str) -> tuple[SplitResult, int | None]:
+    """An address and its port."""
+    try:
+        parts = urlsplit(url)
+        return parts, parts.port
+    except ValueError as error:  # a port that is none, a broken IPv6 address
+        raise TransportError(f"{url}: {error}") from None
 
 
 async def resolve(host: str, port: int) -> Address:

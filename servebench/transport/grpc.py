@@ -16,13 +16,12 @@ import os
 import ssl
 from collections import deque
 from typing import cast
-from urllib.parse import urlsplit
 
 from servebench.clock import now_ns
 from servebench.errors import TransportError
 from servebench.record.outcome import Outcome
 from servebench.transport.base import Sink, TransportStats
-from servebench.transport.connecting import Address, connect, connect_outcome, connect_reason, resolve
+from servebench.transport.connecting import Address, connect, connect_outcome, connect_reason, read_grpc_address, resolve
 from servebench.wire.faults import ProtocolFault
 from servebench.wire.grpc import read_end
 from servebench.wire.http2 import HeaderMemo, Http2Client, Stream
@@ -169,12 +168,9 @@ class GrpcTransport:
         ssl_context: ssl.SSLContext | None = None,
         connect_timeout_s: float = 10.0,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("grpc", "grpcs") or parts.hostname is None or parts.port is None:
-            raise TransportError(f"{url}: not a grpc:// or grpcs:// address with a port")
-        self._host, self._port = parts.hostname, parts.port
+        self._host, self._port, tls = read_grpc_address(url)
         self._ssl: ssl.SSLContext | None = None
-        if parts.scheme == "grpcs":
+        if tls:
             self._ssl = ssl_context or ssl.create_default_context()
             self._ssl.set_alpn_protocols(["h2"])
         self._wanted = channels

@@ -22,13 +22,12 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from servebench.clock import now_ns
 from servebench.errors import TransportError
 from servebench.record.outcome import Outcome
 from servebench.transport.base import Sink, Transport
-from servebench.transport.connecting import resolve
+from servebench.transport.connecting import read_grpc_address, resolve
 from servebench.transport.reference import Query, ReferenceTransport
 from servebench.wire.grpc import frame_message
 
@@ -85,12 +84,8 @@ class GrpcioTransport(ReferenceTransport):
         timeout_ns: int,
     ) -> None:
         super().__init__(sink)
-        parts = urlsplit(url)
-        if parts.scheme not in ("grpc", "grpcs") or parts.hostname is None or parts.port is None:
-            raise TransportError(f"{url}: not a grpc:// or grpcs:// address with a port")
+        self._host, self._port, self._tls = read_grpc_address(url)
         self._grpc = _import_grpcio()
-        self._host, self._port = parts.hostname, parts.port
-        self._tls = parts.scheme == "grpcs"
         self._path = path
         self._metadata = tuple((name.lower(), value) for name, value in metadata)
         self._wanted = channels

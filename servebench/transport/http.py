@@ -20,13 +20,12 @@ import struct
 import termios
 from collections import deque
 from typing import cast
-from urllib.parse import urlsplit
 
 from servebench.clock import now_ns
 from servebench.errors import TransportError
 from servebench.record.outcome import Outcome
 from servebench.transport.base import Sink, TransportStats
-from servebench.transport.connecting import Address, connect, connect_outcome, connect_reason, resolve
+from servebench.transport.connecting import Address, connect, connect_outcome, connect_reason, read_http_address, resolve
 from servebench.wire.faults import ProtocolFault
 from servebench.wire.http1 import HeaderMemo, Progress, ResponseReader
 
@@ -158,23 +157,6 @@ class Connection(asyncio.Protocol):
             pool.free(self)
 
 
-def read_address(url: str, ssl_context: ssl.SSLContext | None) -> tuple[str, int, ssl.SSLContext | None]:
-    """Host, port, and TLS settings (None for ``http://``) of a server; `TransportError` for what is not HTTP's address.
-
-    Without an ``ssl_context``, ``https://`` gets Python's defaults.
-    """
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:  # a port that is none, a broken IPv6 address
-        raise TransportError(f"{url}: {error}") from None
-    if parts.scheme not in ("http", "https") or parts.hostname is None:
-        raise TransportError(f"{url}: not an http:// or https:// address")
-    if parts.scheme == "http":
-        return parts.hostname, port or 80, None
-    return parts.hostname, port or 443, ssl_context or ssl.create_default_context()
-
-
 def _unacknowledged_bytes(transport: asyncio.Transport) -> int:
     """What the kernel has sent or will send, and the other host has not acknowledged (SIOCOUTQ, in termios' name)."""
     answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
@@ -196,7 +178,7 @@ class HttpTransport:
         ssl_context: ssl.SSLContext | None = None,
         connect_timeout_s: float = 10.0,
     ) -> None:
-        self._host, self._port, self._ssl = read_address(url, ssl_context)
+        self._host, self._port, self._ssl = read_http_address(url, ssl_context)
         self._max_connections = max_connections
         self._connect_timeout_s = connect_timeout_s
         self._address: Address | None = None

@@ -148,7 +148,7 @@ def _weights(model: HostedModel, options: HostingOptions) -> tuple[Path | None, 
         return found.path, found.origin
     if model.weights_path is not None:
         return model.weights_path, str(model.weights_origin)
-    return None, f"random, seed {options.weights_seed}, torch {installed_version('torch')}"
+    return None, f"random, seed {options.weights_seed}"
 
 
 def _suffix(weights: Path) -> str:
