@@ -6,7 +6,8 @@ compared, and how, is told in `benchmarks.contest`. AIPerf and GuideLLM speak Op
 server's core given to a stub of it, they run their closed loops, without ``--quick``.
 
 Exit codes: 0 the floors are met, 1 they are not or a run failed, 2 the machine lacks nginx or a
-second CPU. Floors: `FLOOR_QPS`, and ratios to the peers that ran (`FLOORS`).
+second CPU. Floors, with ``--quick`` too: 25,000/s clean (`FLOOR_QPS`), and ratios to the peers that ran (`FLOORS`). Targets
+are told and decide nothing.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from benchmarks.nginx import NullServer
 from benchmarks.own_client import run_own
 from benchmarks.peers.pingpong import ping_pong_ns
 from benchmarks.report import write_result
+from benchmarks.steps import Server
 from benchmarks.turns import text_table
 from servebench.errors import RunError
 from servebench.report.console import format_duration
@@ -49,7 +50,7 @@ class Turn:
         return self.service_p50_ns / self.ping_pong_p50_ns
 
 
-def take_turn(server: NullServer, cpus: Sequence[int], pacing: str) -> Turn:
+def take_turn(server: Server, cpus: Sequence[int], pacing: str) -> Turn:
     """A ping-pong, a run and a ping-pong. `ServebenchError` when the run fails, or any of its queries."""
     times_ns = ping_pong_ns(server.url, cpus, rate_qps=RATE_QPS, duration_s=SOCKET_S)
     run = run_own(server.url, server.endpoint, rate_qps=RATE_QPS, duration_s=RUN_S, cpus=cpus, pacing=pacing, warmup_s=0.3)

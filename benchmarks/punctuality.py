@@ -45,6 +45,7 @@ from benchmarks.punctuality_report import (
 )
 from benchmarks.report import QUICK_SLACK, write_result
 from benchmarks.turns import Turn, take_turns
+from servebench.errors import RunError
 from servebench.report.console import format_duration
 
 PACINGS = ("precise", "eco")
@@ -69,8 +70,10 @@ QUICK_SEEN_TIME_S = 20.0
 
 
 def delay_of(protocol: str, pacing: str, rate_qps: float, run: OwnRun) -> Delay:
-    """The delays that a run reports."""
+    """The delays that a run reports. `RunError` where more than 1 % of its queries were never sent."""
     delay = run.document["issue_delay"]
+    if delay["percentiles"]["99"] is None:
+        raise RunError(f"{protocol}, {pacing}, {rate_qps:,.0f}/s: more than 1 % of the queries were never sent")
     return Delay(
         protocol,
         pacing,

@@ -12,7 +12,7 @@ from servebench.record.environment import collect_environment
 from servebench.record.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
-#: A quick run fails on gross regressions only: its targets are this many times as wide.
+#: A quick run of punctuality, truth or start fails on gross regressions only: its targets are this many times as wide.
 QUICK_SLACK = 10
 
 

@@ -6,7 +6,7 @@ queries of 1 KB, 150 KB (an image tensor) and 2 MB, 1 to 4,096 connections, and 
 queries (half a million with ``--quick``).
 
 Memory is the largest sum of the proportional set sizes of the run's processes, while it ran and while it was judged.
-Pages of the mapped records count in it for as long as a process maps them; "of that anonymous" leaves them out,
+Pages of the mapped records count in it for as long as a process maps them; "anonymous" leaves them out,
 and everything else that is a file's. Pages that no process maps are the system's cache and not counted.
 
 Exit codes: 0 the targets of the longest run are met, 1 they are not or a run failed, 2 the machine lacks nginx or a second CPU.
@@ -79,7 +79,7 @@ class Measured:
     point: Point
     ok: int
     issued_qps: float
-    delay_p99_ns: int
+    delay_p99_ns: int | None  #: None where more than 1 % of the queries were never sent
     connections: int  #: most at once, of all workers
     running_bytes: int
     running_anonymous_bytes: int
@@ -196,10 +196,21 @@ def measured_of(point: Point, directory: Path, looks: Sequence[Look], ended_ns: 
 
 def table(results: Sequence[Measured]) -> str:
     """All runs as text."""
-    head = ("queries", "workers", "payload", "connections", "rate/s", "ok", "delay p99")
-    memory = ("running", "of that anonymous", "judging", "of that anonymous")
-    disk = ("disk/query: running", "judging", "kept")
-    return text_table([(*head, *memory, *disk, "verdict"), *map(_cells, results)])
+    head = ("queries", "workers", "payload", "connections", "rate/s", "ok", "p99 issue delay")
+    memory = ("memory running (anonymous)", "judging (anonymous)")
+    disk = ("disk a query, running", "judging", "kept")
+    return text_table([(*head, *memory, *disk, "last reply to verdict"), *map(_cells, results)])
+
+
+def shared_core_note(results: Sequence[Measured], cpus: Sequence[int]) -> str | None:
+    """What to know of runs with more workers than ``cpus``, their CPUs; None when there are none."""
+    most = max(one.point.workers for one in results)
+    if most <= len(cpus):
+        return None
+    return (
+        f"The server had the first CPU, so up to {most} workers shared {len(cpus)} CPU{'s' * (len(cpus) > 1)}: "
+        "rows of more than one worker tell what more processes cost, not what more cores bring."
+    )
 
 
 def charts(results: Sequence[Measured]) -> list[Chart]:
@@ -231,11 +242,9 @@ def _cells(one: Measured) -> tuple[str, ...]:
         f"{one.connections:,}",
         f"{one.issued_qps:,.0f}",
         f"{one.ok / point.queries:.2%}",
-        f"{one.delay_p99_ns / 1e6:.2f} ms",
-        _say_bytes(one.running_bytes),
-        _say_bytes(one.running_anonymous_bytes),
-        _say_bytes(one.judging_bytes),
-        _say_bytes(one.judging_anonymous_bytes),
+        "-" if one.delay_p99_ns is None else f"{one.delay_p99_ns / 1e6:.2f} ms",
+        f"{_say_bytes(one.running_bytes)} ({_say_bytes(one.running_anonymous_bytes)})",
+        f"{_say_bytes(one.judging_bytes)} ({_say_bytes(one.judging_anonymous_bytes)})",
         f"{one.running_disk:,.1f} B",
         f"{one.judging_disk:,.1f} B",
         f"{one.kept_disk:,.1f} B",
@@ -265,6 +274,8 @@ def measure_all(*, quick: bool) -> int:
             say(f"{number}/{len(wanted)}: {point.name}, about {point.queries / point.rate_qps:.0f} s and its verdict")
             results.append(measure(point, server, cpus[1:]))
     print(f"\n{table(results)}\n")
+    if note := shared_core_note(results, cpus[1:]):
+        print(note)
     longest = results[-1]
     answered = f"{longest.ok / longest.point.queries:.2%} of them answered"
     print(f"{longest.point.queries:,} queries, {answered}: {'; '.join(longest.problems) or 'all targets are met'}.")
@@ -278,6 +289,7 @@ def measure_all(*, quick: bool) -> int:
                 "verdict_s": MAX_VERDICT_S,
             },
             "row_bytes": ROW_BYTES,
+            "worker_cpus": len(cpus[1:]),
             "runs": [asdict(one) | {"problems": one.problems} for one in results],
         },
     )

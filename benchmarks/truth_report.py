@@ -33,9 +33,7 @@ class Row:
     @property
     def turns_text(self) -> str:
         """How many turns of which kind."""
-        if self.calm_only:
-            return f"{self.turns} undisturbed"
-        return f"{self.turns}, {self.disturbed} disturbed" if self.disturbed else str(self.turns)
+        return f"{self.turns}, {self.disturbed} disturbed" if self.disturbed else f"{self.turns} undisturbed"
 
 
 def summarize(turns: Sequence[Found]) -> list[Row]:

@@ -62,6 +62,7 @@ def take_turns(plan: Iterable[Turn[T]], *, time_s: float, guess_s: float, tell: 
 
 
 def text_table(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of equally many cells as text, in columns as wide as their widest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    """Lines of equally many cells, the head first, as a Markdown table, in columns as wide as their widest cell."""
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    head, *rest = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["-" * width for width in widths], *rest))

@@ -21,16 +21,17 @@ from servebench.errors import RunError
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are run from the checkout, they are not installed
 
 from benchmarks import peers
+from benchmarks.contest import CONNECTIONS
 from benchmarks.nginx import NullServer, find_nginx
 from benchmarks.openai_stub import BODY, PATH, OpenAIStub
-from benchmarks.peers import environment
+from benchmarks.peers import environment, perf_analyzer
 from benchmarks.peers.base import Arrivals, Load, Peer, PeerProtocol, PeerResult, Progress, Target, run_bounded
 from benchmarks.peers.h2load import H2Load, logged_times_ns, parse_h2load
 from benchmarks.peers.hey import Hey, parse_hey
 from benchmarks.peers.locust import parse_locust
 from benchmarks.peers.numbers import of_counts, of_times
 from benchmarks.peers.openai_clients import parse_aiperf, parse_guidellm
-from benchmarks.peers.perf_analyzer import exported_times_ns, parse_table
+from benchmarks.peers.perf_analyzer import PerfAnalyzer, exported_times_ns, parse_table
 from benchmarks.peers.query import http_target
 from benchmarks.peers.wrk import Wrk, parse_wrk, wrk_script
 
@@ -409,6 +410,31 @@ def test_the_chat_stub_is_a_queue_that_speaks_openai() -> None:
             connection.close()
         pid = stub.pid
     assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize(
+    ("load", "asked"),
+    [
+        pytest.param(Load("closed", None, CONNECTIONS, 2.0, [0]), [["--concurrency-range", "16"]], id="closed loop"),
+        pytest.param(Load("closed", None, 4, 2.0, [0]), [["--concurrency-range", "4"]], id="fewer when fewer are asked for"),
+        pytest.param(
+            Load("poisson", 100.0, 512, 2.0, [0]), [["-a"], ["--sync", "--max-threads", "16"]], id="open loop, no ids echoed"
+        ),
+    ],
+)
+def test_perf_analyzer_has_as_many_connections_as_the_others(
+    load: Load, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def refuse(name: str, argv: list[str], **_: object) -> None:
+        commands.append(argv)
+        raise RunError("No valid requests recorded")
+
+    monkeypatch.setattr(perf_analyzer, "run_bounded", refuse)
+    with pytest.raises(RunError, match="No valid requests"):
+        PerfAnalyzer().run(http_target("http://127.0.0.1:1"), load)
+    assert [argv[argv.index(words[0]) :][: len(words)] for argv, words in zip(commands, asked, strict=True)] == asked
 
 
 def test_a_target_tells_its_address() -> None:

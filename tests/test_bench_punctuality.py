@@ -87,6 +87,10 @@ def test_delays_are_read_from_the_run_document() -> None:
     delay = delay_of("grpc", "eco", 500, OwnRun(document, None))  # type: ignore[arg-type]
     assert delay == Delay("grpc", "eco", 500, 1000, 2, 7, 80, 900, 0.25)
 
+    document["issue_delay"]["percentiles"]["99"] = None
+    with pytest.raises(RunError, match="grpc, eco, 500/s: more than 1 % of the queries were never sent"):
+        delay_of("grpc", "eco", 500, OwnRun(document, None))  # type: ignore[arg-type]
+
 
 def test_every_combination_has_its_run_in_every_round() -> None:
     planned = list(delay_turns([100, 1_000], 2))
@@ -101,8 +105,11 @@ def test_the_table_of_delays_has_medians_and_the_range() -> None:
     text = delay_table(
         [base, replace(base, p99_ns=90_000, max_ns=700_000), replace(base, p99_ns=60_000, not_ok=1, cpu_share=0.3)]
     )
-    (line,) = text.splitlines()[1:]
-    assert " ".join(line.split()) == "http precise 1,000 1,500 2.00 us 60.0 us (50.0 us - 90.0 us) 700 us 20.0% 1"
+    (line,) = text.splitlines()[2:]
+    assert (
+        " ".join(line.split())
+        == "| http | precise | 1,000 | 1,500 | 2.00 us | 60.0 us (50.0 us - 90.0 us) | 700 us | 20.0% | 1 |"
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,7 @@ def test_the_table_of_arrivals_says_who_tells_no_schedule() -> None:
     text = seen_table(
         [OURS, replace(OURS, from_schedule_p50_ns=80_000), Witnessed("peer", 1000, SEEN, 0, 0.5, None, None, None, None)]
     )
-    ours, peer = text.splitlines()[1:]
+    ours, peer = text.splitlines()[2:]
     assert "70.0 us, 200 us" in ours
     assert "0.90 ± 0.14" in ours
     assert "0.020 (limit 0.030)" in ours
@@ -162,7 +169,7 @@ def test_the_table_of_arrivals_says_who_tells_no_schedule() -> None:
 
 
 def test_columns_line_up() -> None:
-    assert text_table([["a", "bcd"], ["efg", "h"]]) == "a    bcd\nefg  h"
+    assert text_table([["a", "bcde"], ["efg", "h"]]) == "| a   | bcde |\n| --- | ---- |\n| efg | h    |"
 
 
 # --- turns ------------------------------------------------------------------------------

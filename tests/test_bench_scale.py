@@ -192,9 +192,22 @@ def test_looks_are_divided_at_the_last_reply(tmp_path: Path) -> None:
     assert found.verdict_s == 2
     assert found.ok == 500
     assert found.kept_disk == disk_bytes(directory.path) / 500
-    head, line = scale.table([found]).splitlines()
-    assert head.split("  ")[0] == "queries"
-    assert line.split()[0] == "500"
+    head, rule, line = scale.table([found]).splitlines()
+    assert head.split()[:4] == ["|", "queries", "|", "workers"]
+    assert rule.startswith("| ---")
+    assert line.split()[:4] == ["|", "500", "|", "1"]
+    assert len({text.count("|") for text in (head, rule, line)}) == 1
+    unsent = scale.table([dataclasses.replace(found, delay_p99_ns=None)]).splitlines()[2]
+    assert unsent.split("|")[7].strip() == "-"
+
+
+def test_a_host_whose_workers_share_a_core_is_told_so() -> None:
+    two = dataclasses.replace(MET, point=Point(1_000, 10, workers=2))
+    note = scale.shared_core_note([MET, two], [1])
+    assert note is not None
+    assert "up to 2 workers shared 1 CPU:" in note
+    assert scale.shared_core_note([MET, two], [1, 2]) is None
+    assert scale.shared_core_note([MET], [1]) is None
 
 
 def test_the_picture_is_of_the_runs_whose_length_is_the_question() -> None:
@@ -246,11 +259,11 @@ def test_the_median_is_held_against_the_target() -> None:
     assert exact.met
     late = dataclasses.replace(exact, target_s=0.349)
     assert not late.met
-    head, met, not_met = start.table([exact, late]).splitlines()
-    assert met.split("  ")[0] == "servebench --help"
-    assert met.endswith("  met")
-    assert not_met.endswith("NOT met")
-    assert head.startswith("command")
+    head, _, met, not_met = start.table([exact, late]).splitlines()
+    assert met.startswith("| servebench --help | ")
+    assert met.split(" | ")[-1].split() == ["met", "|"]
+    assert not_met.endswith("| NOT met |")
+    assert head.startswith("| command ")
 
 
 @needs_nginx
@@ -279,10 +292,10 @@ def test_the_ratio_is_the_median_of_the_turns_ratios() -> None:
     turns += [turn("eco", 40_000, 10_000)]
     assert floor.median_ratio(turns, "precise") == 2.0  # of 2, 1 and 3, not 90 us over 30 us
     assert floor.median_ratio(turns, "eco") == 4.0
-    head, precise, eco = floor.table(turns).splitlines()
-    assert precise.split()[-3:] == ["2.00", "1.00", "3.00"]
-    assert eco.split()[-3:] == ["4.00", "4.00", "4.00"]
-    assert head.startswith("pacing")
+    head, _, precise, eco = floor.table(turns).splitlines()
+    assert precise.split()[-6:] == ["2.00", "|", "1.00", "|", "3.00", "|"]
+    assert eco.split()[-6:] == ["4.00", "|", "4.00", "|", "4.00", "|"]
+    assert head.startswith("| pacing ")
 
 
 @needs_nginx

@@ -292,12 +292,12 @@ def test_disturbed_turns_are_marked_and_both_numbers_shown() -> None:
     assert calm.reported_ns == pytest.approx({99.0: 12 * MS})
     assert (every.honest, calm.honest) == ({99.0: 2}, {99.0: 2})
     assert sharpest(rows) == {"a": calm, "b": b, "c": c}
-    lines = [" ".join(line.split()) for line in table(rows).splitlines()[1:]]
+    lines = [" ".join(line.split()) for line in table(rows).splitlines()[2:]]
     assert lines == [
-        "a seen 6, 3 disturbed - 39.5 ms +295.0% (+10.0% to +700.0%) - 2 of 6",
-        "a seen 3 undisturbed - 12.0 ms +20.0% (+10.0% to +90.0%) - 2 of 3",
-        "b seen 1, 1 disturbed - 40.0 ms +300.0% - 0 of 1",
-        "c seen 1 - 20.0 ms +100.0% - 0 of 1",
+        "| a | seen | 6, 3 disturbed | - | 39.5 ms +295.0% (+10.0% to +700.0%) | - | 2 of 6 |",
+        "| a | seen | 3 undisturbed | - | 12.0 ms +20.0% (+10.0% to +90.0%) | - | 2 of 3 |",
+        "| b | seen | 1, 1 disturbed | - | 40.0 ms +300.0% | - | 0 of 1 |",
+        "| c | seen | 1 undisturbed | - | 20.0 ms +100.0% | - | 0 of 1 |",
     ]
     assert turn_line(turns[4]).endswith("disturbed: stub late by 0 us (p99), 5.00 ms (max), socket before by 0 us (p99)")
     assert turn_line(turns[0]) == "p99 11.0 ms (true 10.0 ms); 1,000 ok, 0 not"

@@ -109,6 +109,7 @@ def test_scratch_folders_are_set_for_the_modules_there_are(facts: str, scgi: boo
     [
         pytest.param({}, None, id="exactly at every bound: clean"),
         pytest.param({"delay_p99_ns": 1_000_001}, "issue delay", id="p99 issue delay over 1 ms"),
+        pytest.param({"delay_p99_ns": None, "delay_p50_ns": None}, "issue delay -", id="most queries were never sent"),
         pytest.param({"not_ok": 1}, "1 of 100,000 queries not ok", id="one failed query"),
         pytest.param({"on_time_share": 0.9949}, "99.49% issued", id="less than 99.5 % issued in time"),
         pytest.param({"trust": "INVALID"}, "INVALID", id="servebench itself does not trust the run"),
