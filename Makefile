@@ -24,7 +24,7 @@ test: $(STAMP) ## run all tests but those of the large models
 	@$(BIN)/python -m pytest
 
 test-models: $(STAMP) ## host every model on both servers and compare its answers (some minutes)
-	@$(BIN)/python -m pytest -m models
+	@$(BIN)/python -m pytest -m "models or small_models"
 
 lint: $(STAMP) ## check style and types
 	@$(BIN)/ruff check .

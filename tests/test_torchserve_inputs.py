@@ -99,7 +99,8 @@ def rows_of(model: str) -> dict[str, Array]:
 
 def answers(model: str, rows: dict[str, Array]) -> Array:
     """What the module answers, called directly."""
-    return Case(model, lambda: rows).expected
+    each = [slice(row, row + 1) for row in range(len(next(iter(rows.values()))))]
+    return np.concatenate(Case(model, lambda: rows).directly("fp32", each))
 
 
 def write_golden(model: str, rows: dict[str, Array], folder: Path) -> None:
