@@ -274,7 +274,7 @@ def _serve_callback(name: str) -> Callable[..., None]:
             work.mkdir(parents=True, exist_ok=True)
         with interrupting(*END_SIGNALS), tempfile.TemporaryDirectory(prefix=f"servebench-{name}-") as scratch:
             try:
-                _serve(launcher, model, options, work or Path(scratch))
+                _serve(name, launcher, model, options, work or Path(scratch))
             except LaunchError as error:
                 if work is not None:
                     raise with_log(error, name, work) from None
@@ -284,14 +284,14 @@ def _serve_callback(name: str) -> Callable[..., None]:
     return callback
 
 
-def _serve(launcher: Launcher, model: str, options: BaseModel, work: Path) -> None:
+def _serve(name: str, launcher: Launcher, model: str, options: BaseModel, work: Path) -> None:
     """Start a server with its files in ``work``, keep it up until a signal comes, stop it."""
     import signal
 
     from servebench.engine.hosting import launch_warnings
     from servebench.engine.serving import END_SIGNALS
 
-    click.echo(f"servebench: starting {launcher.name}", err=True)
+    click.echo(f"servebench: starting {name}", err=True)
     try:
         server = launcher.launch(model, options, work)
     except ProfileError as error:  # an option that does not fit the model
@@ -300,11 +300,11 @@ def _serve(launcher: Launcher, model: str, options: BaseModel, work: Path) -> No
         click.echo(f"servebench: warning: {warning}", err=True)
     try:
         with contextlib.suppress(KeyboardInterrupt):  # a signal before the watch hears them
-            _keep_up(launcher.name, server, model)
+            _keep_up(name, server, model)
     finally:
         for number in END_SIGNALS:  # what is stopped half way, its files included, leaves something behind
             signal.signal(number, signal.SIG_IGN)
-        click.echo(f"servebench: stopping {launcher.name}", err=True)
+        click.echo(f"servebench: stopping {name}", err=True)
         server.stop()
 
 
