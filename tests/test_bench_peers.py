@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -412,18 +413,25 @@ def test_the_chat_stub_is_a_queue_that_speaks_openai() -> None:
     assert not psutil.pid_exists(pid)
 
 
+HTTP, GRPC = "http://127.0.0.1:1", "grpc://127.0.0.1:1"
+
+
 @pytest.mark.parametrize(
-    ("load", "asked"),
+    ("url", "load", "asked"),
     [
-        pytest.param(Load("closed", None, CONNECTIONS, 2.0, [0]), [["--concurrency-range", "16"]], id="closed loop"),
-        pytest.param(Load("closed", None, 4, 2.0, [0]), [["--concurrency-range", "4"]], id="fewer when fewer are asked for"),
+        pytest.param(GRPC, Load("closed", None, CONNECTIONS, 2.0, [0]), [["--concurrency-range", "16"]], id="closed, gRPC"),
+        pytest.param(HTTP, Load("closed", None, CONNECTIONS, 2.0, [0]), [["--concurrency-range", "4"]], id="closed, HTTP"),
+        pytest.param(GRPC, Load("closed", None, 3, 2.0, [0]), [["--concurrency-range", "3"]], id="fewer are asked for"),
         pytest.param(
-            Load("poisson", 100.0, 512, 2.0, [0]), [["-a"], ["--sync", "--max-threads", "16"]], id="open loop, no ids echoed"
+            HTTP,
+            Load("poisson", 100.0, 512, 2.0, [0]),
+            [["-a"], ["--sync", "--max-threads", "16"]],
+            id="open loop, no ids echoed",
         ),
     ],
 )
-def test_perf_analyzer_has_as_many_connections_as_the_others(
-    load: Load, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
+def test_perf_analyzer_has_as_many_connections_as_the_others_where_it_ends(
+    url: str, load: Load, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
 
@@ -433,7 +441,7 @@ def test_perf_analyzer_has_as_many_connections_as_the_others(
 
     monkeypatch.setattr(perf_analyzer, "run_bounded", refuse)
     with pytest.raises(RunError, match="No valid requests"):
-        PerfAnalyzer().run(http_target("http://127.0.0.1:1"), load)
+        PerfAnalyzer().run(replace(http_target(HTTP), url=url), load)
     assert [argv[argv.index(words[0]) :][: len(words)] for argv, words in zip(commands, asked, strict=True)] == asked
 
 
