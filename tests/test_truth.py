@@ -46,6 +46,8 @@ MIN_COMPARED = 150
 MAX_DISTURBANCE_NS = 1_000_000
 #: And what either may be late by at most: while one stands still for 10 ms, a queue grows that lasts for 30 ms.
 MAX_PAUSE_NS = 5_000_000
+#: The backlog of a freeze takes longer by what the CPUs stand still meanwhile: a run with more of that is made again, so often.
+MAX_PAUSED_SHARE, MAX_FREEZES = 0.02, 3
 
 Times = npt.NDArray[np.int64]
 
@@ -185,9 +187,12 @@ def test_latency_from_the_send_would_fail_the_same_test(tmp_path: Path, protocol
     assert naive_p99_error > 10 * MAX_P99_ERROR
 
 
-@pytest.mark.parametrize("width", [pytest.param(None, id="no cap"), pytest.param(4, id="4 at once")])
-def test_a_frozen_server_is_felt_by_every_query_that_was_due(tmp_path: Path, protocol: str, width: int | None) -> None:
-    qps, freeze_s, service_ms = 200.0, 1.0, 1.0
+def frozen_run(
+    tmp_path: Path, protocol: str, width: int | None, qps: float, service_ms: float
+) -> tuple[dict[str, Any], RunData, list[int]]:
+    """Document and records of a run of 8 s whose server stands still for 1 s of it, and when that began and ended."""
+    tmp_path.mkdir()
+    freeze_s = 1.0
     stamps: list[int] = []
 
     settings = narrow(protocol, width) if width is not None else {}
@@ -208,6 +213,17 @@ def test_a_frozen_server_is_felt_by_every_query_that_was_due(tmp_path: Path, pro
         load = {"target_qps": qps, "min_duration_s": 8}
         data_of = profile_data(server.urls[protocol], constraints=["p99 <= 2s"], load=load, client=client)
         document, data = run(data_of, tmp_path / "run", Quiet(freeze))
+    return document, data, stamps
+
+
+@pytest.mark.parametrize("width", [pytest.param(None, id="no cap"), pytest.param(4, id="4 at once")])
+def test_a_frozen_server_is_felt_by_every_query_that_was_due(tmp_path: Path, protocol: str, width: int | None) -> None:
+    qps, service_ms = 200.0, 1.0
+    for attempt in range(MAX_FREEZES):
+        with Witness(CPUS) as witness:
+            document, data, stamps = frozen_run(tmp_path / f"{attempt}", protocol, width, qps, service_ms)
+        if witness.paused_share() <= MAX_PAUSED_SHARE:
+            break
 
     begin_ns, end_ns = (stamp - data.facts["start_ns"] for stamp in stamps)
     arrivals_ns = np.where((data.scheduled_ns > begin_ns) & (data.scheduled_ns < end_ns), end_ns, data.scheduled_ns)
